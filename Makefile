@@ -1,0 +1,24 @@
+# make demo   the whole of Patho-R1 in miniature, then open runs/demo/report.html
+# make test   the tests
+# Both set up .venv by themselves. A machine with CUDA: make demo TORCH="torch" uses the newest build.
+VENV  ?= .venv
+TORCH ?= torch==2.13.0
+PY     = OMP_WAIT_POLICY=passive $(VENV)/bin/python
+
+.PHONY: demo study test clean
+demo: $(VENV)/.ok
+	$(PY) -m nanopatho.study demo --preset tiny --out runs/demo
+
+study: $(VENV)/.ok
+	$(PY) -m nanopatho.study study --preset tiny --out runs/study
+
+test: $(VENV)/.ok
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests
+
+$(VENV)/.ok: pyproject.toml
+	test -x $(VENV)/bin/python || python3 -m venv $(VENV)
+	$(VENV)/bin/python -m pip install -q $(TORCH) -e ".[dev,parity]"
+	touch $@
+
+clean:
+	rm -rf runs data/smoke data/tiny

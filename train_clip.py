@@ -1,0 +1,186 @@
+"""Stage 0, Patho-CLIP: an image tower and a text tower learn which caption belongs to which picture.
+
+    python train_clip.py --preset tiny --data data/tiny --out runs/demo/clip
+    python train_clip.py --preset clip-l14 --data data/pairs --init weights/clip-vit-large-patch14 --out runs/patho-clip
+
+Two steps as in the paper: captions of morphology alone first (there: PathGen-1.6M; here: the field `morphology`), then all
+pairs jointly (each record's `morphology` or `caption`, at even chance). One loss: symmetric InfoNCE over the batch.
+What the paper leaves open, and departures:
+ 1. Learning rate, batch and schedule are not published. Ours: AdamW, one warm-up and one cosine over both steps.
+ 2. Pictures are turned and mirrored (8 symmetries; tissue has no up). Unknown in the paper.
+ 3. `--partial 0.7` shows most texts in part, a random choice of their phrases. A text that names one finding asks for just
+    this finding, so each is learned sooner, and short prompts mean something (measured in docs/LOG.md).
+ 4. A text that is also true of another picture of the batch, since that one's caption says the same, is not counted as
+    wrong there (clip.clip_loss, also_true). In a drawn world such pairs are common.
+ 5. `tiny` starts from random weights and its own small tokenizer, the paper from OpenAI's CLIP.
+"""
+import os
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")                  # spinning threads are 10x slower on shared cores
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+
+from nanopatho import checkpoint, presets
+from nanopatho.chat import clip_ids, clip_tokenizer
+from nanopatho.clip import CLIP, clip_loss
+from nanopatho.data import DataError, Images, augment, check_images, read_records, shuffled
+from nanopatho.evaluate_clip import evaluate_pool
+from nanopatho.image import clip_pixels
+from nanopatho.log import Run, write_json
+
+
+def say(default, help, **more):
+    return field(default=default, metadata={"help": help, **more})
+
+
+@dataclass
+class Config:
+    preset: str = say("tiny", "size of the model and its training fields: smoke, tiny, small, clip-b16, clip-l14")
+    data: str = say("data/tiny", "folder with captions.jsonl (and test.jsonl for the evaluation) and the images")
+    init: str = say("", "weights to start from: HF folder, or open_clip .pt with a tokenizer.json beside it; empty: random")
+    out: str = say("runs/clip", "run folder: weights, tokenizer.json, metrics.jsonl, results.json")
+    seed: int = say(0, "seed of weights, order and augmentation")
+    steps_morphology: int = say(6000, "optimizer steps of step 1, on the field morphology")
+    steps_all: int = say(14000, "optimizer steps of step 2, on the field caption of all records")
+    batch_size: int = say(256, "pairs per step; each has batch_size - 1 wrong texts to be told from")
+    lr: float = say(1e-5, "peak learning rate, cosine to zero over both steps")
+    warmup: int = say(500, "steps of linear warm-up")
+    weight_decay: float = say(0.1, "AdamW weight decay on matrices")
+    clip_norm: float = say(1.0, "largest gradient norm")
+    max_logit_scale: float = say(100.0, "largest inverse temperature (OpenAI's limit, for stability)")
+    augment: bool = say(True, "turn and mirror pictures")
+    partial: float = say(0.0, "share of texts shown in part: a random choice of their phrases")
+    eval_items: int = say(1000, "held-out records used by the evaluation at the end, 0 = none")
+    log_every: int = say(10, "steps between printed lines (metrics.jsonl has every step)")
+    save_every: int = say(500, "steps between checkpoints, 0 = only at the end")
+    threads: int = say(0, "CPU threads, 0 = all")
+
+
+def read_tokenizer(init):
+    """The tokenizer.json of a folder of weights, or beside a .pt file (which carries no vocabulary)."""
+    path = (Path(init) if os.path.isdir(init) else Path(init).parent) / "tokenizer.json"
+    if not path.is_file():
+        raise SystemExit(f"{path} is missing: put the tokenizer.json of Hugging Face's CLIP there, all of CLIP share it")
+    return Tokenizer.from_file(str(path))
+
+
+def phrases(text):
+    """"Fat, no mitoses. This fits adenoma." -> ["Fat", "no mitoses", "This fits adenoma"]"""
+    return [p for p in re.split(r"\s*[.,:;](?:\s+|$)", text.strip()) if p]
+
+
+def shorten(text, rng):
+    """A random choice of the text's phrases, in order, one at least; how many is drawn uniformly."""
+    parts = phrases(text)
+    keep = rng.random(len(parts)) < rng.random()
+    keep[rng.integers(len(parts))] = True
+    return ", ".join(p for p, k in zip(parts, keep) if k)
+
+
+def draw_texts(rows, joint, partial, rng):
+    """Records of a batch -> B texts, and (B, B) bool: every phrase of text j stands in a caption of record i.
+
+    joint: step 2, morphology or caption; step 1 has morphology alone.
+    """
+    texts, known = [], []
+    for r in rows:
+        text = r["caption"] if joint and (not r.get("morphology") or rng.random() < 0.5) else r["morphology"]
+        known.append({*phrases(r["caption"]), *phrases(r.get("morphology") or "")})
+        texts.append(shorten(text, rng) if phrases(text) and rng.random() < partial else text)
+    said = [set(phrases(t)) for t in texts]
+    return texts, torch.tensor([[s <= k for s in said] for k in known])
+
+
+def main(argv=None):
+    # ------------------------------------------------------------------------------------------------ config, device
+    c = presets.parse(Config, "clip", argv)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if c.threads:
+        torch.set_num_threads(c.threads)
+    torch.manual_seed(c.seed)
+    total = c.steps_morphology + c.steps_all
+
+    # ------------------------------------------------------------------------------------------------ data
+    records = read_records(f"{c.data}/captions.jsonl", use="caption")
+    check_images(records)
+    images = Images()
+    with_morphology = [r for r in records if r.get("morphology")]
+    if c.steps_morphology and not with_morphology:
+        raise DataError(f"{c.data}/captions.jsonl: no record has the field 'morphology' that step 1 reads; add it (a "
+                        "caption of form alone, without a diagnosis), or set --steps_morphology 0")
+    pools = with_morphology, records                                 # of step 1 and step 2, each with an endless order
+    orders = [shuffled(len(p), c.batch_size, np.random.default_rng([c.seed, i])) for i, p in enumerate(pools)]
+
+    # ------------------------------------------------------------------------------------------------ model
+    if c.init:
+        model, tokenizer = CLIP.from_pretrained(c.init), read_tokenizer(c.init)
+    else:
+        model = CLIP(presets.CLIP[c.preset])
+        tokenizer = clip_tokenizer([t for r in records for t in (r["caption"], r.get("morphology")) if t],
+                                   model.config["text_config"]["vocab_size"])
+    model.to(device).train()
+    context, size = model.config["text_config"]["max_position_embeddings"], model.config["vision_config"]["image_size"]
+    print(f"clip: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(with_morphology)} + "
+          f"{len(records)} pairs, {device}")
+
+    # ------------------------------------------------------------------------------------------------ optimizer
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW([{"params": [p for p in parameters if p.ndim >= 2], "weight_decay": c.weight_decay},
+                                   {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}],
+                                  lr=c.lr, betas=(0.9, 0.98), eps=1e-6, fused=True)        # OpenAI's betas and eps for ViTs
+    state = checkpoint.resume(c.out, model, optimizer)
+    first = state["step"] if state else 0
+    for step in range(first):                                        # replay the order: cheaper than storing it
+        next(orders[step >= c.steps_morphology])
+    run = Run(c.out, c, total, "clip", first)
+    tokenizer.save(f"{c.out}/tokenizer.json")
+
+    # ------------------------------------------------------------------------------------------------ loop
+    for step in range(first, total):
+        lr = c.lr * min((step + 1) / max(1, c.warmup), 0.5 * (1 + math.cos(math.pi * step / total)))
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        joint = step >= c.steps_morphology
+        rows, rng = [pools[joint][i] for i in next(orders[joint])], np.random.default_rng([c.seed, 2, step])
+        pictures = [images(r)[0] for r in rows]
+        if c.augment:
+            pictures = [augment(p, rng) for p in pictures]
+        texts, also_true = draw_texts(rows, joint, c.partial, rng)            # also_true (B, B)
+        # Equal texts are encoded once, and the batch is cut to its longest text: both change nothing but the time.
+        unique = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+        ids = clip_ids(tokenizer, list(unique), context)                      # (unique texts, T)
+        ids = ids[:, :int((ids > 0).sum(1).max())].to(device)
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
+            image_features = model.encode_image(clip_pixels(pictures, size).to(device))    # (B, E)
+            text_features = model.encode_text(ids)[[unique[t] for t in texts]]             # (B, E)
+        loss = clip_loss(image_features, text_features, model.logit_scale, also_true.to(device))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, c.clip_norm)
+        optimizer.step()
+        with torch.no_grad():
+            model.logit_scale.clamp_(0, math.log(c.max_logit_scale))
+        run.step(step, loss=loss.item(), grad_norm=norm.item(), lr=lr, logit_scale=model.logit_scale.exp().item(),
+                 unique_texts=len(unique), phase=1 + joint)
+        if c.save_every and (step + 1) % c.save_every == 0 and step + 1 < total:
+            checkpoint.save(c.out, model, optimizer, {"step": step + 1})
+
+    # ------------------------------------------------------------------------------------------------ save, evaluate
+    checkpoint.finish(c.out, model)
+    seconds = run.seconds()
+    run.close()
+    results = {"seconds": round(seconds, 1)}
+    if c.eval_items and os.path.isfile(f"{c.data}/test.jsonl"):
+        results.update(evaluate_pool(model, tokenizer, c.data, items=c.eval_items, images=images))
+    write_json(f"{c.out}/results.json", results)
+    shown = {k: v["value"] for k, v in results.items() if isinstance(v, dict) and "value" in v}
+    print(f"clip: {seconds:.0f} s, " + ", ".join(f"{k} {v:.3f}" for k, v in shown.items()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""Stage 1, continued pretraining: figure and caption pairs teach the model to name what it sees (Patho-R1, section "CPT").
+
+    python train_pretrain.py --preset tiny --data data/tiny --out runs/demo/pretrain
+    python train_pretrain.py --preset 7b --data data/pairs --init weights/Qwen2.5-VL-7B-Instruct --out runs/cpt
+
+Departures from the paper, which publishes no hyper-parameters for this stage:
+ 1. The text is raw (image, caption, <|endoftext|>), without chat template; the paper does not say which it used.
+ 2. Everything is trained by default; `--train projector,decoder` freezes the vision encoder.
+ 3. `tiny` starts from random weights: no published model is that small. Images are turned and mirrored (8 symmetries).
+"""
+import os
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")                  # spinning threads are 10x slower on shared cores
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from nanopatho import checkpoint, presets
+from nanopatho.chat import ChatTokenizer, train_tokenizer
+from nanopatho.data import Images, caption_row, check_images, question_text, read_records, shuffled, vlm_batch
+from nanopatho.evaluate import caption_claims
+from nanopatho.log import Run, write_json
+from nanopatho.vlm import PathoVLM, trainable
+
+
+def say(default, help, **more):
+    return field(default=default, metadata={"help": help, **more})
+
+
+@dataclass
+class Config:
+    preset: str = say("tiny", "size of the model and its training fields: smoke, tiny, small, 3b, 7b")
+    data: str = say("data/tiny", "folder with captions.jsonl and the images")
+    init: str = say("", "folder of weights to start from (published layout); empty: random weights of the preset")
+    out: str = say("runs/pretrain", "run folder: weights, metrics.jsonl, samples")
+    seed: int = say(0, "seed of weights, order and augmentation")
+    train: str = say("vision,projector,decoder", "parts that are trained")
+    steps: int = say(1000, "optimizer steps")
+    batch_size: int = say(64, "pairs per step")
+    lr: float = say(1e-5, "peak learning rate, cosine to a tenth")
+    warmup: int = say(50, "steps of linear warm-up")
+    weight_decay: float = say(0.05, "AdamW weight decay on matrices")
+    clip_norm: float = say(1.0, "largest gradient norm")
+    max_pixels: int = say(1280 * 28 * 28, "largest image in pixels; bigger ones are scaled down")
+    augment: bool = say(True, "turn and mirror images (tissue has no up)")
+    eval_items: int = say(128, "held-out captions written and checked at the end")
+    log_every: int = say(10, "steps between printed lines (metrics.jsonl has every step)")
+    save_every: int = say(500, "steps between checkpoints, 0 = only at the end")
+    threads: int = say(0, "CPU threads, 0 = all")
+
+
+def main(argv=None):
+    # ------------------------------------------------------------------------------------------------ config, device
+    c = presets.parse(Config, "pretrain", argv)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if c.threads:
+        torch.set_num_threads(c.threads)
+    torch.manual_seed(c.seed)
+    rng = np.random.default_rng(c.seed)
+
+    # ------------------------------------------------------------------------------------------------ data
+    records = read_records(f"{c.data}/captions.jsonl", use="caption")
+    check_images(records)
+    images = Images()
+
+    # ------------------------------------------------------------------------------------------------ model
+    if c.init:
+        model, tokenizer = PathoVLM.from_pretrained(c.init, dtype=torch.float32), ChatTokenizer.load(c.init)
+    else:
+        texts = [r["caption"] for r in records]
+        for name in ("sft", "rl"):                                   # the words of the later stages, their texts only
+            if os.path.isfile(f"{c.data}/{name}.jsonl"):
+                for r in read_records(f"{c.data}/{name}.jsonl"):
+                    texts += [m["content"] for m in r.get("messages", [])]
+                    texts += [question_text(r)] if "options" in r else []
+        tokenizer = train_tokenizer(texts, presets.TINY_BPE)
+        model = PathoVLM(presets.VLM[c.preset])
+    model.to(device).train()
+    parameters = trainable(model, c.train.split(","))
+    print(f"pretrain: {sum(p.numel() for p in parameters) / 1e6:.2f} M trained parameters, {len(records)} pairs, {device}")
+
+    # ------------------------------------------------------------------------------------------------ optimizer
+    optimizer = torch.optim.AdamW([{"params": [p for p in parameters if p.ndim >= 2], "weight_decay": c.weight_decay},
+                                   {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}],
+                                  lr=c.lr, betas=(0.9, 0.95), fused=True)
+    order, first = shuffled(len(records), c.batch_size, rng), 0
+    state = checkpoint.resume(c.out, model, optimizer)
+    if state:
+        first = state["step"]
+        for _ in range(first):                                       # replay the order: cheaper than storing it
+            next(order), rng.integers(1 << 62)
+    run = Run(c.out, c, c.steps, "pretrain", first)
+
+    # ------------------------------------------------------------------------------------------------ loop
+    for step in range(first, c.steps):
+        lr = c.lr * min((step + 1) / max(1, c.warmup),
+                        0.1 + 0.45 * (1 + math.cos(math.pi * step / c.steps)))
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        rows = [caption_row(records[i]) for i in next(order)]
+        turn = np.random.default_rng(rng.integers(1 << 62))          # one draw a step, so that resuming can replay it
+        batch = vlm_batch(rows, tokenizer, model.config, images=images, rng=turn if c.augment else None,
+                          max_pixels=c.max_pixels)
+        batch = {k: v.to(device) for k, v in batch.items()}
+        labels = batch.pop("labels")
+        loss = model.loss(model.hidden_states(**batch), labels)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, c.clip_norm)
+        optimizer.step()
+        run.step(step, loss=loss.item(), grad_norm=norm.item(), lr=lr, tokens=int((labels >= 0).sum()))
+        if c.save_every and (step + 1) % c.save_every == 0 and step + 1 < c.steps:
+            checkpoint.save(c.out, model, optimizer, {"step": step + 1}, tokenizer)
+
+    # ------------------------------------------------------------------------------------------------ save, evaluate
+    checkpoint.finish(c.out, model, tokenizer)
+    seconds = run.seconds()
+    run.close()
+    results = caption_claims(model, tokenizer, c.data, c.eval_items, run)
+    write_json(f"{c.out}/results.json", {"seconds": round(seconds, 1), **results})
+    print(f"pretrain: {seconds:.0f} s, loss {loss.item():.3f}, {results}")
+
+
+if __name__ == "__main__":
+    main()
