@@ -3,13 +3,15 @@
     python train_clip.py --preset tiny --data data/tiny --out runs/demo/clip
     python train_clip.py --preset clip-l14 --data data/pairs --init weights/clip-vit-large-patch14 --out runs/patho-clip
 
-Two steps as in the paper: captions of morphology alone first (there: PathGen-1.6M; here: the field `morphology`), then all
-pairs jointly (each record's `morphology` or `caption`, at even chance). One loss: symmetric InfoNCE over the batch.
+Two steps as in the paper: captions of morphology alone first (there: PathGen-1.6M; here: the field `morphology`), then
+all pairs jointly (each record's `morphology` or `caption`, at even chance). One loss: symmetric InfoNCE over the batch.
 What the paper leaves open, and departures:
- 1. Learning rate, batch and schedule are not published. Ours: AdamW, one warm-up and one cosine over both steps.
- 2. Pictures are turned and mirrored (8 symmetries; tissue has no up). Unknown in the paper.
- 3. `--partial 0.7` shows most texts in part, a random choice of their phrases. A text that names one finding asks for just
-    this finding, so each is learned sooner, and short prompts mean something (measured in docs/LOG.md).
+ 1. Learning rate, batch and schedule are not published. Ours: AdamW, one warm-up and one cosine over both steps; from
+    scratch (`tiny`) Muon for the matrices of the towers, which gets there in half the steps (measured: docs/LOG.md).
+ 2. Pictures are turned and mirrored (8 symmetries; tissue has no up), and `--stain` varies their colours as another
+    laboratory would. Unknown in the paper.
+ 3. `--partial 0.7` shows most texts in part, a random choice of their phrases. A text that names one finding asks for
+    just this finding, so each is learned sooner, and short prompts mean something (measured: docs/LOG.md).
  4. A text that is also true of another picture of the batch, since that one's caption says the same, is not counted as
     wrong there (clip.clip_loss, also_true). In a drawn world such pairs are common.
  5. `tiny` starts from random weights and its own small tokenizer, the paper from OpenAI's CLIP.
@@ -29,8 +31,10 @@ from nanopatho import checkpoint, presets
 from nanopatho.chat import clip_ids, clip_tokenizer
 from nanopatho.clip import CLIP, clip_loss
 from nanopatho.data import DataError, Images, augment, check_images, read_records, shuffled
-from nanopatho.evaluate_clip import evaluate_pool
+from nanopatho.evaluate import read_lexicon
+from nanopatho.evaluate_clip import evaluate_pool, text_of
 from nanopatho.image import clip_pixels
+from nanopatho.optim import Optimizers
 from nanopatho.log import Run, write_json
 
 
@@ -42,30 +46,33 @@ def say(default, help, **more):
 class Config:
     preset: str = say("tiny", "size of the model and its training fields: smoke, tiny, small, clip-b16, clip-l14")
     data: str = say("data/tiny", "folder with captions.jsonl (and test.jsonl for the evaluation) and the images")
-    init: str = say("", "weights to start from: HF folder, or open_clip .pt with a tokenizer.json beside it; empty: random")
+    init: str = say("", "weights to start from: HF folder, or .pt with a tokenizer.json beside it; empty: random")
     out: str = say("runs/clip", "run folder: weights, tokenizer.json, metrics.jsonl, results.json")
     seed: int = say(0, "seed of weights, order and augmentation")
     steps_morphology: int = say(6000, "optimizer steps of step 1, on the field morphology")
-    steps_all: int = say(14000, "optimizer steps of step 2, on the field caption of all records")
+    steps_all: int = say(14000, "optimizer steps of step 2, on morphology or caption of all records")
     batch_size: int = say(256, "pairs per step; each has batch_size - 1 wrong texts to be told from")
+    optimizer: str = say("adamw", "adamw, or muon: Muon for the towers' matrices, AdamW for the rest",
+                         choices=("adamw", "muon"))
     lr: float = say(1e-5, "peak learning rate, cosine to zero over both steps")
     warmup: int = say(500, "steps of linear warm-up")
     weight_decay: float = say(0.1, "AdamW weight decay on matrices")
     clip_norm: float = say(1.0, "largest gradient norm")
     max_logit_scale: float = say(100.0, "largest inverse temperature (OpenAI's limit, for stability)")
     augment: bool = say(True, "turn and mirror pictures")
+    stain: float = say(0.0, "stain augmentation: each channel's optical density times exp(u), |u| <= stain")
     partial: float = say(0.0, "share of texts shown in part: a random choice of their phrases")
     eval_items: int = say(1000, "held-out records used by the evaluation at the end, 0 = none")
-    log_every: int = say(10, "steps between printed lines (metrics.jsonl has every step)")
     save_every: int = say(500, "steps between checkpoints, 0 = only at the end")
     threads: int = say(0, "CPU threads, 0 = all")
 
 
-def read_tokenizer(init):
+def read_tokenizer(where):
     """The tokenizer.json of a folder of weights, or beside a .pt file (which carries no vocabulary)."""
-    path = (Path(init) if os.path.isdir(init) else Path(init).parent) / "tokenizer.json"
+    path = (Path(where) if os.path.isdir(where) else Path(where).parent) / "tokenizer.json"
     if not path.is_file():
-        raise SystemExit(f"{path} is missing: put the tokenizer.json of Hugging Face's CLIP there, all of CLIP share it")
+        raise SystemExit(f"{path} is missing: weights need the tokenizer they were trained with (Hugging Face's "
+                         "tokenizer.json serves every published CLIP)")
     return Tokenizer.from_file(str(path))
 
 
@@ -96,6 +103,13 @@ def draw_texts(rows, joint, partial, rng):
     return texts, torch.tensor([[s <= k for s in said] for k in known])
 
 
+def restain(picture, strength, rng):
+    """uint8 (H, W, 3) -> the same, each channel's optical density -log(I/255) scaled at random; white stays white."""
+    scale = np.exp(rng.uniform(-strength, strength, 3))
+    table = np.round(255 * (np.arange(256)[:, None] / 255) ** scale).astype(np.uint8)         # (256, 3): OD*s is I^s
+    return np.stack([table[picture[..., channel], channel] for channel in range(3)], axis=-1)
+
+
 def main(argv=None):
     # ------------------------------------------------------------------------------------------------ config, device
     c = presets.parse(Config, "clip", argv)
@@ -113,14 +127,19 @@ def main(argv=None):
     if c.steps_morphology and not with_morphology:
         raise DataError(f"{c.data}/captions.jsonl: no record has the field 'morphology' that step 1 reads; add it (a "
                         "caption of form alone, without a diagnosis), or set --steps_morphology 0")
+    evaluated = c.eval_items and os.path.isfile(f"{c.data}/test.jsonl")
+    if evaluated:                                                    # a fault there should not wait for the end
+        held_out, lexicon = read_records(f"{c.data}/test.jsonl")[:c.eval_items], read_lexicon(c.data)
+        check_images(held_out), [text_of(r, lexicon) for r in held_out]
     pools = with_morphology, records                                 # of step 1 and step 2, each with an endless order
     orders = [shuffled(len(p), c.batch_size, np.random.default_rng([c.seed, i])) for i, p in enumerate(pools)]
 
     # ------------------------------------------------------------------------------------------------ model
-    if c.init:
-        model, tokenizer = CLIP.from_pretrained(c.init), read_tokenizer(c.init)
+    begun = any(Path(c.out, name).is_dir() for name in ("last", "last.old"))            # a run to be resumed
+    model = CLIP.from_pretrained(c.init) if c.init else CLIP(presets.CLIP[c.preset])
+    if begun or c.init:
+        tokenizer = read_tokenizer(c.out if begun else c.init)
     else:
-        model = CLIP(presets.CLIP[c.preset])
         tokenizer = clip_tokenizer([t for r in records for t in (r["caption"], r.get("morphology")) if t],
                                    model.config["text_config"]["vocab_size"])
     model.to(device).train()
@@ -130,9 +149,7 @@ def main(argv=None):
 
     # ------------------------------------------------------------------------------------------------ optimizer
     parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW([{"params": [p for p in parameters if p.ndim >= 2], "weight_decay": c.weight_decay},
-                                   {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}],
-                                  lr=c.lr, betas=(0.9, 0.98), eps=1e-6, fused=True)        # OpenAI's betas and eps for ViTs
+    optimizer = Optimizers(model, c.lr, c.weight_decay, c.optimizer, betas=(0.9, 0.98), eps=1e-6)  # OpenAI's values
     state = checkpoint.resume(c.out, model, optimizer)
     first = state["step"] if state else 0
     for step in range(first):                                        # replay the order: cheaper than storing it
@@ -143,26 +160,25 @@ def main(argv=None):
     # ------------------------------------------------------------------------------------------------ loop
     for step in range(first, total):
         lr = c.lr * min((step + 1) / max(1, c.warmup), 0.5 * (1 + math.cos(math.pi * step / total)))
-        for group in optimizer.param_groups:
-            group["lr"] = lr
         joint = step >= c.steps_morphology
         rows, rng = [pools[joint][i] for i in next(orders[joint])], np.random.default_rng([c.seed, 2, step])
         pictures = [images(r)[0] for r in rows]
         if c.augment:
             pictures = [augment(p, rng) for p in pictures]
+        if c.stain:
+            pictures = [restain(p, c.stain, rng) for p in pictures]
         texts, also_true = draw_texts(rows, joint, c.partial, rng)            # also_true (B, B)
         # Equal texts are encoded once, and the batch is cut to its longest text: both change nothing but the time.
         unique = {text: i for i, text in enumerate(dict.fromkeys(texts))}
         ids = clip_ids(tokenizer, list(unique), context)                      # (unique texts, T)
-        ids = ids[:, :int((ids > 0).sum(1).max())].to(device)
+        ids = ids[:, :int(ids.argmax(1).max()) + 1].to(device)                # the end token has the highest id
         with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
             image_features = model.encode_image(clip_pixels(pictures, size).to(device))    # (B, E)
             text_features = model.encode_text(ids)[[unique[t] for t in texts]]             # (B, E)
         loss = clip_loss(image_features, text_features, model.logit_scale, also_true.to(device))
-        optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, c.clip_norm)
-        optimizer.step()
+        optimizer.step(lr)
         with torch.no_grad():
             model.logit_scale.clamp_(0, math.log(c.max_logit_scale))
         run.step(step, loss=loss.item(), grad_norm=norm.item(), lr=lr, logit_scale=model.logit_scale.exp().item(),
@@ -175,7 +191,7 @@ def main(argv=None):
     seconds = run.seconds()
     run.close()
     results = {"seconds": round(seconds, 1)}
-    if c.eval_items and os.path.isfile(f"{c.data}/test.jsonl"):
+    if evaluated:
         results.update(evaluate_pool(model, tokenizer, c.data, items=c.eval_items, images=images))
     write_json(f"{c.out}/results.json", results)
     shown = {k: v["value"] for k, v in results.items() if isinstance(v, dict) and "value" in v}

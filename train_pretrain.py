@@ -21,6 +21,7 @@ from nanopatho.chat import ChatTokenizer, train_tokenizer
 from nanopatho.data import Images, caption_row, check_images, question_text, read_records, shuffled, vlm_batch
 from nanopatho.evaluate import caption_claims
 from nanopatho.log import Run, write_json
+from nanopatho.optim import Optimizers
 from nanopatho.vlm import PathoVLM, trainable
 
 
@@ -40,12 +41,13 @@ class Config:
     batch_size: int = say(64, "pairs per step")
     lr: float = say(1e-5, "peak learning rate, cosine to a tenth")
     warmup: int = say(50, "steps of linear warm-up")
+    optimizer: str = say("adamw", "adamw, or muon: Muon for the matrices of the layers, AdamW for the rest",
+                         choices=("adamw", "muon"))
     weight_decay: float = say(0.05, "AdamW weight decay on matrices")
     clip_norm: float = say(1.0, "largest gradient norm")
     max_pixels: int = say(1280 * 28 * 28, "largest image in pixels; bigger ones are scaled down")
     augment: bool = say(True, "turn and mirror images (tissue has no up)")
     eval_items: int = say(128, "held-out captions written and checked at the end")
-    log_every: int = say(10, "steps between printed lines (metrics.jsonl has every step)")
     save_every: int = say(500, "steps between checkpoints, 0 = only at the end")
     threads: int = say(0, "CPU threads, 0 = all")
 
@@ -81,9 +83,7 @@ def main(argv=None):
     print(f"pretrain: {sum(p.numel() for p in parameters) / 1e6:.2f} M trained parameters, {len(records)} pairs, {device}")
 
     # ------------------------------------------------------------------------------------------------ optimizer
-    optimizer = torch.optim.AdamW([{"params": [p for p in parameters if p.ndim >= 2], "weight_decay": c.weight_decay},
-                                   {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}],
-                                  lr=c.lr, betas=(0.9, 0.95), fused=True)
+    optimizer = Optimizers(model, c.lr, c.weight_decay, c.optimizer)
     order, first = shuffled(len(records), c.batch_size, rng), 0
     state = checkpoint.resume(c.out, model, optimizer)
     if state:
@@ -96,8 +96,6 @@ def main(argv=None):
     for step in range(first, c.steps):
         lr = c.lr * min((step + 1) / max(1, c.warmup),
                         0.1 + 0.45 * (1 + math.cos(math.pi * step / c.steps)))
-        for group in optimizer.param_groups:
-            group["lr"] = lr
         rows = [caption_row(records[i]) for i in next(order)]
         turn = np.random.default_rng(rng.integers(1 << 62))          # one draw a step, so that resuming can replay it
         batch = vlm_batch(rows, tokenizer, model.config, images=images, rng=turn if c.augment else None,
@@ -105,10 +103,9 @@ def main(argv=None):
         batch = {k: v.to(device) for k, v in batch.items()}
         labels = batch.pop("labels")
         loss = model.loss(model.hidden_states(**batch), labels)
-        optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, c.clip_norm)
-        optimizer.step()
+        optimizer.step(lr)
         run.step(step, loss=loss.item(), grad_norm=norm.item(), lr=lr, tokens=int((labels >= 0).sum()))
         if c.save_every and (step + 1) % c.save_every == 0 and step + 1 < c.steps:
             checkpoint.save(c.out, model, optimizer, {"step": step + 1}, tokenizer)

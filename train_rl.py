@@ -30,6 +30,7 @@ from nanopatho.data import Images, check_images, read_records, shuffled, vlm_bat
 from nanopatho.evaluate import ask, evaluate, read_lexicon, show_samples
 from nanopatho.generate import generate
 from nanopatho.log import Run, write_json
+from nanopatho.optim import Optimizers
 from nanopatho.vlm import PathoVLM, trainable
 
 
@@ -53,6 +54,8 @@ class Config:
     epochs: int = say(1, "passes over each rollout; 2 or more lets the clip act on the same answers")
     lr: float = say(1e-6, "learning rate, constant after warm-up")
     warmup: int = say(10, "optimizer steps of linear warm-up")
+    optimizer: str = say("adamw", "adamw, or muon: Muon for the matrices of the layers, AdamW for the rest",
+                         choices=("adamw", "muon"))
     weight_decay: float = say(0.1, "AdamW weight decay on matrices")
     clip_norm: float = say(1.0, "largest gradient norm")
     temperature: float = say(1.0, "sampling temperature; divides the logits in every log-probability")
@@ -71,7 +74,6 @@ class Config:
     eval_items: int = say(0, "test questions, 0 = all")
     eval_samples: int = say(8, "answers per question for sampled accuracy")
     eval_sample_items: int = say(0, "test questions that are sampled, 0 = all")
-    log_every: int = say(1, "steps between printed lines (metrics.jsonl has every step)")
     save_every: int = say(50, "steps between checkpoints, 0 = only at the end")
     threads: int = say(0, "CPU threads, 0 = all")
 
@@ -107,9 +109,7 @@ def main(argv=None):
     print(f"{c.algo}: {sum(p.numel() for p in parameters) / 1e6:.2f} M trained parameters, {len(records)} questions, {device}")
 
     # ------------------------------------------------------------------------------------------------ optimizer
-    optimizer = torch.optim.AdamW([{"params": [p for p in parameters if p.ndim >= 2], "weight_decay": c.weight_decay},
-                                   {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}],
-                                  lr=c.lr, betas=(0.9, 0.95), fused=True)
+    optimizer = Optimizers(model, c.lr, c.weight_decay, c.optimizer)
     order, first, drawn, done = shuffled(len(records), c.prompts, rng), 0, 0, 0
     generator = torch.Generator(device=device).manual_seed(c.seed)
     state = checkpoint.resume(c.out, model, optimizer)
@@ -158,11 +158,10 @@ def main(argv=None):
         share, stats = max(1, -(-len(groups) // c.updates)), []
         for _ in range(c.epochs):
             for at in range(0, len(groups), share):
-                for pg in optimizer.param_groups:
-                    pg["lr"] = c.lr * min(1.0, (done + 1) / max(1, c.warmup))
-                stats.append(update(model, reference, tokenizer, groups[at:at + share], parameters, optimizer, c))
+                lr = c.lr * min(1.0, (done + 1) / max(1, c.warmup))
+                stats.append(update(model, reference, tokenizer, groups[at:at + share], parameters, optimizer, lr, c))
                 done += 1
-        numbers.update({k: float(np.mean([s[k] for s in stats])) for k in stats[0]}, lr=optimizer.param_groups[0]["lr"])
+        numbers.update({k: float(np.mean([s[k] for s in stats])) for k in stats[0]}, lr=lr)
         run.step(step, show=("accuracy", "length", "mixed", "entropy"), **numbers)
         if step == 0 or (step + 1) % 50 == 0:
             run.text(f"step{step + 1:04d}", "\n\n".join(
@@ -217,10 +216,9 @@ def rollout(model, tokenizer, records, c, images, generator, score):
     return groups
 
 
-def update(model, reference, tokenizer, groups, parameters, optimizer, c):
+def update(model, reference, tokenizer, groups, parameters, optimizer, lr, c):
     """One optimizer step on `groups` -> dict of numbers. Micro-batches of whole groups; the divisor counts the whole step."""
     model.train()
-    optimizer.zero_grad(set_to_none=True)
     device = next(model.parameters()).device
     n = sum(int(grpo.loss_count(g["mask"], c.aggregation)) for g in groups)
     per, totals = max(1, c.micro_batch // c.group_size), {}
@@ -246,7 +244,7 @@ def update(model, reference, tokenizer, groups, parameters, optimizer, c):
     norm = torch.nn.utils.clip_grad_norm_(parameters, c.clip_norm)
     if not torch.isfinite(norm):
         raise SystemExit(f"the gradient is not finite; records: {[g['record']['id'] for g in groups]}. Lower --lr.")
-    optimizer.step()
+    optimizer.step(lr)
     return {**totals, "grad_norm": norm.item()}
 
 

@@ -23,6 +23,7 @@ from nanopatho.chat import PROMPTS, ChatTokenizer, train_tokenizer
 from nanopatho.data import Images, check_images, curriculum, read_records, vlm_batch
 from nanopatho.evaluate import evaluate, show_samples
 from nanopatho.log import Run, write_json
+from nanopatho.optim import Optimizers
 from nanopatho.vlm import PathoVLM, trainable
 
 
@@ -43,6 +44,8 @@ class Config:
     batch_size: int = say(64, "conversations per step")
     lr: float = say(1e-5, "peak learning rate, cosine to a tenth")
     warmup: int = say(20, "steps of linear warm-up")
+    optimizer: str = say("adamw", "adamw, or muon: Muon for the matrices of the layers, AdamW for the rest",
+                         choices=("adamw", "muon"))
     weight_decay: float = say(0.05, "AdamW weight decay on matrices")
     clip_norm: float = say(1.0, "largest gradient norm")
     max_pixels: int = say(1280 * 28 * 28, "largest image in pixels; bigger ones are scaled down")
@@ -51,7 +54,6 @@ class Config:
     eval_items: int = say(0, "test questions, 0 = all")
     eval_samples: int = say(8, "answers per question for sampled accuracy")
     eval_sample_items: int = say(0, "test questions that are sampled, 0 = all")
-    log_every: int = say(10, "steps between printed lines (metrics.jsonl has every step)")
     save_every: int = say(500, "steps between checkpoints, 0 = only at the end")
     threads: int = say(0, "CPU threads, 0 = all")
 
@@ -89,9 +91,7 @@ def main(argv=None):
     print(f"sft: {sum(p.numel() for p in parameters) / 1e6:.2f} M trained parameters, {len(records)} conversations, {device}")
 
     # ------------------------------------------------------------------------------------------------ optimizer
-    optimizer = torch.optim.AdamW([{"params": [p for p in parameters if p.ndim >= 2], "weight_decay": c.weight_decay},
-                                   {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}],
-                                  lr=c.lr, betas=(0.9, 0.95), fused=True)
+    optimizer = Optimizers(model, c.lr, c.weight_decay, c.optimizer)
     order, first = list(curriculum(records, c.steps, c.batch_size, rng)), 0
     state = checkpoint.resume(c.out, model, optimizer)
     if state:
@@ -102,8 +102,6 @@ def main(argv=None):
     for step in range(first, c.steps):
         lr = c.lr * min((step + 1) / max(1, c.warmup),
                         0.1 + 0.45 * (1 + math.cos(math.pi * step / c.steps)))
-        for group in optimizer.param_groups:
-            group["lr"] = lr
         rows = [conversation(records[i], c.style) for i in order[step]]
         turn = np.random.default_rng([c.seed, step])                 # by step, so that resuming needs no replay
         batch = vlm_batch(rows, tokenizer, model.config, images=images, rng=turn if c.augment else None,
@@ -113,10 +111,9 @@ def main(argv=None):
         if step == 0:
             run.text("trained", trained_tokens(tokenizer, batch["input_ids"][0], labels[0]))
         loss = model.loss(model.hidden_states(**batch), labels)
-        optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, c.clip_norm)
-        optimizer.step()
+        optimizer.step(lr)
         levels = [records[i].get("level") for i in order[step]]
         run.step(step, loss=loss.item(), grad_norm=norm.item(), lr=lr, hard=levels.count("hard") / len(levels),
                  tokens=int((labels >= 0).sum()))

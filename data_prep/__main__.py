@@ -24,9 +24,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data_prep import records, writer
-from data_prep.world import PHRASES, SUBFIELDS, TOPICS, for_drawing, sample
+from data_prep.world import PHRASES, SUBFIELDS, TOPICS, for_drawing, phrase, sample, space, tissue
 
-VERSION = 1                          # of what is drawn and written: raise it when the same settings give other data
+VERSION = 2                          # of what is drawn and written: raise it when the same settings give other data
 FIELDS = {                           # name: (value for tiny, help)
     "seed": (0, "everything is drawn from it"),
     "size": (112, "side of an image in pixels"),
@@ -56,6 +56,20 @@ PRESETS = {
               "verbosity": "long"},
 }
 POOLS = ("captions", "sft", "rl", "val", "test", "test_combo", "test_stain")
+
+
+def zero_shot_prompts(subfields):
+    """Names and templates of the tissue classes, in the published CONCH form that nanopatho.evaluate_clip reads.
+
+    An H&E image is named after its architecture when no other material fills it; its texts say so ("..., plain stroma").
+    """
+    names = {}
+    for s in subfields:
+        for facts, _ in space(s):
+            name = tissue(facts)
+            plain = phrase(s, "material", "none") if s == "H&E" and facts["material"] == "none" else ""
+            names[name] = [f"{name}, {plain}", f"{plain}, {name}"] if plain else [name]
+    return {"0": {"classnames": names, "templates": ["CLASSNAME", "CLASSNAME.", "I see CLASSNAME."]}}
 
 
 def shares(text):
@@ -170,6 +184,7 @@ def microworld(settings, out, workers=2):
             records.write(path, rows)
             pools[pool] = rows
     (part / "lexicon.json").write_text(json.dumps(PHRASES, indent=1))
+    (part / "zero_shot.json").write_text(json.dumps(zero_shot_prompts(shares(settings["subfields"])), indent=1))
     card = card_of(settings, pools, time.time() - start)
     (part / "card.json").write_text(json.dumps(card, indent=1))
     (part / "settings.json").unlink()

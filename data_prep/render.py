@@ -15,6 +15,8 @@ Colour is absorption (Beer-Lambert, as in Ruifrok & Johnston 2001): every dye ha
 optical-density vector, I = I0 * exp(-sum_dye c_dye * od_dye); dyes add in optical density, never in RGB.
 Geometry is teaching material, not a model of disease: glands, nests and sheets are drawn to be recognisable.
 
+Cost, measured on one core: about 9 ms for an H&E image of 112 px, 26 ms at 224 px (0.5 um/px).
+
 Only numpy. This file: optics, primitives, entry points. `render_tissue.py`: H&E and IHC. `render_more.py`: cytology,
 FISH and gross photographs.
     python -m data_prep.render sheet.png      # a labelled sheet of examples (needs Pillow)
@@ -38,7 +40,7 @@ TRAIN_STAINS = {"haematoxylin": ((.62, .68, .32), .08), "eosin": ((.22, .90, .38
 # The held-out slides: a teal-blue haematoxylin, an orange eosin, a darker DAB. Disjoint from the training box even
 # after scaling to unit length, because the first (H, DAB) or last (E, orange) component is out of its reach.
 SHIFT_STAINS = {"haematoxylin": ((.86, .46, .26), .04), "eosin": ((.12, .76, .60), .04),
-                "dab": ((.48, .57, .64), .03), "orange": ((.08, .46, .88), .03),
+                "dab": ((.41, .56, .71), .025), "orange": ((.08, .46, .88), .03),
                 "azure": ((.36, .88, .30), .04), "methylene_blue": ((.90, .36, .08), .03),
                 "light_green": ((.62, .30, .72), .04), "orange_g": ((.08, .66, .74), .03)}
 
@@ -202,7 +204,7 @@ def discs(cv, x, y, r, amount, coef, rim=9.):
 def cells(x, y, r, *, long=1., angle=0., rough=0., dark=1., vesicle=0., nucleolus=0.):
     """A table of nuclei: dict of float32 arrays (N,). r = radius in um of the disc of equal area, long = axis ratio."""
     columns = dict(x=x, y=y, r=r, long=long, angle=angle, rough=rough, dark=dark, vesicle=vesicle, nucleolus=nucleolus)
-    return {k: np.broadcast_to(np.asarray(v, np.float32), np.shape(x)).copy() for k, v in columns.items()}
+    return {k: np.full(np.shape(x), v, np.float32) for k, v in columns.items()}
 
 
 def pick(table, keep):
@@ -407,7 +409,7 @@ EXAMPLES = {                                                # attribute values i
 def sheet(path, per_row=6):
     """Write the contact sheet of EXAMPLES, all five subfields, as PNG."""
     from .world import ATTRIBUTES
-    rows = [[{"subfield": s, **dict(zip(ATTRIBUTES[s], text.split())), "seed": 10 + i} for i, text in enumerate(part)]
+    rows = [[{"subfield": s, **dict(zip(ATTRIBUTES[s], text.split())), "seed": 30 + i} for i, text in enumerate(part)]
             for s, texts in EXAMPLES.items() for part in (texts[k:k + per_row] for k in range(0, len(texts), per_row))]
     contact_sheet(rows).save(path)
 

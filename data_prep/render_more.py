@@ -257,7 +257,7 @@ def draw_gross(facts, size):
     cv = Canvas(facts, size)
     rng, side, sharp = cv.rng, cv.side, facts["border"] == "circumscribed"
     light = np.random.default_rng((facts["seed"], 1))       # lamp and board: independent of the specimen
-    balance = light.uniform((1.08, .94, .68), (1.16, 1., .78)) if facts["stain_shift"] else light.uniform(.95, 1.04, 3)
+    balance = light.uniform((1.04, .96, .80), (1.09, 1., .87)) if facts["stain_shift"] else light.uniform(.95, 1.04, 3)
     picture = paint_board(cv, light)
 
     cx, cy, big = (np.array([v]) * side for v in (.5 + rng.normal(0, .01), .46, rng.uniform(.36, .41)))

@@ -28,11 +28,11 @@ def seeds(cv, spacing, jitter):
 def plan_material(cv, kind):
     """Where the extra material lies: signed field (S, S) in um, positive inside; None for kind "none".
 
-    The level of the field is set at its quantile, so that 22-33 % of the frame is covered however the blobs overlap.
+    The level of the field is set at its quantile, so that 17-27 % of the frame is covered however the blobs overlap.
     """
     if kind == "none":
         return None
-    target = cv.rng.uniform(.22, .33)
+    target = cv.rng.uniform(.17, .27)
     count = max(1, round(cv.area / (4200 if kind == "keratin" else 6500) * cv.rng.uniform(.8, 1.2)))
     r = np.sqrt(target * cv.area / count / np.pi)
     x, y, r = darts(cv, r * np.linspace(1, .6, 40 * count), 2., margin=.42 * r)
@@ -170,10 +170,10 @@ def place_mitoses(cv, nuclei, fits, epithelium):
 
 
 def place_inflammation(cv, stroma, blocked, nuclei, avoid_x, avoid_y):
-    """29-44 cells in a 112 um field: half in crowds, half scattered, in the stroma and between the nuclei (over them
+    """16-26 cells in a 112 um field: half in crowds, half scattered, in the stroma and between the nuclei (over them
     only where there is no other room). -> x, y."""
     rng = cv.rng
-    want = max(10, round(rng.uniform(29, 44) * cv.area / 112 ** 2))
+    want = max(8, round(rng.uniform(16, 26) * cv.area / 112 ** 2))
     tries = 24 * want
     hubs = rng.uniform(.1, .9, (2, max(2, round(cv.area / 4500)))) * cv.side
     hub, crowd = rng.integers(hubs.shape[1], size=tries), rng.random(tries) < .5
@@ -288,7 +288,7 @@ def draw_he(facts, size):
     cv = Canvas(facts, size)
     rng, kind, large = cv.rng, facts["material"], facts["nuclear_size"] == "large"
     uniform = {"uniform": True, "pleomorphic": False}[facts["pleomorphism"]]
-    diameter = {"small": rng.uniform(7, 7.8), "large": rng.uniform(13.2, 14.6)}[facts["nuclear_size"]]
+    diameter = {"small": rng.uniform(7, 7.8), "large": rng.uniform(12.2, 13.4)}[facts["nuclear_size"]]
     m = plan_material(cv, kind)
     epi, lumen, nuclei, fits, step = plan_tissue(cv, facts["architecture"], diameter, uniform, m)
     inside, in_lumen, in_material = epi > 0, lumen > 0, np.zeros((size, size), bool) if m is None else m > 0

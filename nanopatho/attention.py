@@ -83,8 +83,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding, "rotate half" form: the pair (x_i, x_{i + D/2}) turns by the angle of i (arXiv 2104.09864).
 
     x (..., D); cos, sin from `rotary_tables`, broadcastable to x. Computed in the wider of the dtypes, returned in x's.
-    With the sign inside the table this is one product, one swap of halves and one fused multiply-add: measured 1.7x
-    faster with its backward on a CPU than turning the two halves one by one.
+    With the sign inside the table this is one product, one swap of halves and one fused multiply-add.
     """
     a, b = x.chunk(2, dim=-1)
     return torch.addcmul(x * cos, torch.cat((b, a), dim=-1), sin).to(x.dtype)

@@ -7,6 +7,7 @@ placed by id and never by text: a user who types `<|im_end|>` gets plain charact
 Trained are the assistant's tokens and the `<|im_end|>` that closes them, nothing else.
 """
 import functools
+import json
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -157,9 +158,15 @@ def clip_tokenizer(texts, vocab_size):
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    # Single letters that end a word are given, in order: left to the trainer they get ids in hash order, anew in every run.
     trainer = trainers.BpeTrainer(vocab_size=vocab_size - 2, initial_alphabet=alphabet, end_of_word_suffix="</w>",
-                                  show_progress=False)
+                                  special_tokens=[c + "</w>" for c in alphabet], show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
+    learned = json.loads(tokenizer.to_str())["model"]                # a clean model: the given tokens are not special
+    tokenizer, rules = Tokenizer(models.BPE(learned["vocab"], [tuple(pair) for pair in learned["merges"]],
+                                            end_of_word_suffix="</w>")), tokenizer
+    tokenizer.normalizer, tokenizer.pre_tokenizer = rules.normalizer, rules.pre_tokenizer
+    tokenizer.decoder = rules.decoder
     tokenizer.add_tokens([f"<|unused_{i}|>" for i in range(vocab_size - 2 - tokenizer.get_vocab_size())])
     tokenizer.add_special_tokens(["<|startoftext|>", "<|endoftext|>"])
     return tokenizer

@@ -13,7 +13,7 @@ import dataclasses
 import sys
 
 
-def _qwen(hidden, layers, heads, kv_heads, inter, vocab, tie, vision, mrope, special=None):
+def _qwen(hidden, layers, heads, kv_heads, inter, vocab, tie, vision, mrope, special=None, std=0.02):
     """The flat config.json that Qwen2.5-VL was published with."""
     special = special or dict(bos_token_id=151643, eos_token_id=151645, vision_start_token_id=151652,
                               vision_end_token_id=151653, vision_token_id=151654, image_token_id=151655,
@@ -23,7 +23,7 @@ def _qwen(hidden, layers, heads, kv_heads, inter, vocab, tie, vision, mrope, spe
         num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads, intermediate_size=inter,
         vocab_size=vocab, tie_word_embeddings=tie, rms_norm_eps=1e-6, rope_theta=1e6, hidden_act="silu",
         rope_scaling=dict(type="mrope", mrope_section=mrope), max_position_embeddings=128000, attention_dropout=0.0,
-        initializer_range=0.02, use_sliding_window=False, torch_dtype="bfloat16",
+        initializer_range=std, use_sliding_window=False, torch_dtype="bfloat16",
         vision_config=dict(dict(model_type="qwen2_5_vl", in_chans=3, patch_size=14, spatial_patch_size=14,
                                 spatial_merge_size=2, temporal_patch_size=2, tokens_per_second=2, hidden_act="silu",
                                 out_hidden_size=hidden), **vision), **special)
@@ -37,13 +37,13 @@ _tiny_ids = dict(bos_token_id=TINY_BPE, eos_token_id=TINY_BPE + 2, vision_start_
                  video_token_id=TINY_BPE + 13)
 _big_vision = dict(depth=32, hidden_size=1280, num_heads=16, intermediate_size=3420, window_size=112,
                    fullatt_block_indexes=[7, 15, 23, 31])
-_tiny_vision = dict(depth=4, hidden_size=128, num_heads=4, intermediate_size=256, window_size=56,
-                    fullatt_block_indexes=[1, 3])
+_tiny_vision = dict(depth=3, hidden_size=128, num_heads=4, intermediate_size=512, window_size=56,
+                    fullatt_block_indexes=[1])
 VLM = {
     "smoke": _qwen(64, 2, 4, 2, 128, TINY_BPE + 22, True,
                    dict(_tiny_vision, depth=2, hidden_size=64, num_heads=2, intermediate_size=128,
                         fullatt_block_indexes=[1]), [2, 3, 3], _tiny_ids),
-    "tiny": _qwen(128, 4, 4, 2, 384, TINY_BPE + 22, True, _tiny_vision, [4, 6, 6], _tiny_ids),
+    "tiny": _qwen(128, 3, 4, 2, 384, TINY_BPE + 22, True, _tiny_vision, [4, 6, 6], _tiny_ids, std=0.06),
     "small": _qwen(384, 8, 6, 2, 1024, TINY_BPE + 22, True,
                    dict(_tiny_vision, depth=8, hidden_size=320, num_heads=5, intermediate_size=864, window_size=112,
                         fullatt_block_indexes=[3, 7]), [8, 12, 12], _tiny_ids),
@@ -75,7 +75,7 @@ CLIP = {
 }
 
 # Training fields that differ from the dataclass defaults in the scripts. The dataclass defaults are the full-size ones.
-_smoke_common = dict(log_every=1, save_every=0, threads=1)
+_smoke_common = dict(save_every=0, threads=1)
 TRAIN = {
     "smoke": {
         "clip": dict(_smoke_common, batch_size=16, steps_morphology=2, steps_all=2, lr=1e-3),
@@ -84,7 +84,15 @@ TRAIN = {
         "rl": dict(_smoke_common, prompts=2, steps=2, lr=1e-4, warmup=1, max_new_tokens=16, eval_samples=2,
                    eval_items=8, max_rounds=2),
     },
-    "tiny": {"clip": {}, "pretrain": {}, "sft": {}, "rl": {}},
+    # tiny starts from random weights: Muon, and a learning rate a thousand times that of fine-tuning published ones.
+    "tiny": {
+        "clip": dict(optimizer="muon", batch_size=64, lr=2e-3, warmup=20, weight_decay=0.05, steps_morphology=200,
+                     steps_all=150, partial=0.7, stain=0.2, save_every=100),
+        "pretrain": dict(optimizer="muon", batch_size=32, lr=2e-3, warmup=50, steps=1000, save_every=250),
+        "sft": dict(optimizer="muon", batch_size=32, lr=1e-3, warmup=20, steps=300, save_every=100, max_new_tokens=64),
+        "rl": dict(lr=2e-4, warmup=5, weight_decay=0.0, prompts=16, steps=100, max_new_tokens=64, micro_batch=128,
+                   eval_sample_items=300),
+    },
     "small": {"clip": {}, "pretrain": {}, "sft": {}, "rl": {}},
     "3b": {}, "7b": {}, "clip-b16": {}, "clip-l14": {},
 }

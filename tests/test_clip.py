@@ -1,4 +1,4 @@
-"""CLIP against Hugging Face's CLIPModel, the open_clip file form, and the loss against float64 and finite differences."""
+"""CLIP against Hugging Face's CLIPModel, the open_clip file form, the loss against float64 and finite differences."""
 import json
 import math
 import zipfile

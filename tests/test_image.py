@@ -145,7 +145,8 @@ def test_bad_files_are_refused_by_name(tmp_path):
     image.save(tmp_path / "pages.tif", save_all=True, append_images=[picture(200, 160, seed=1)])
     reasons = {"cut.jpg": "damaged", "cut.png": "damaged", "head.jpg": "damaged|not an image",
                "head.png": "damaged|not an image", "empty.png": "empty", "text.png": "not an image",
-               "deep.png": "8 bits", "float.tif": "8 bits", "film.gif": "2 frames", "pages.tif": "2 frames", "absent.png": "no such file"}
+               "deep.png": "8 bits", "float.tif": "8 bits", "film.gif": "2 frames", "pages.tif": "2 frames",
+               "absent.png": "no such file"}
     for name, reason in reasons.items():
         with pytest.raises(ImageError, match=reason) as caught:
             open_image(tmp_path / name)

@@ -131,7 +131,9 @@ def guess(x, y, folds=5):
 
 
 def test_mean_colour_does_not_tell_the_findings():
-    """On 900 images the probe reaches .31 (chance .25), .50, .49 and .53 (chance .5); material .39 (chance .2)."""
+    """Limits leave three standard errors of 160 images. On 900 images a logistic probe reached: architecture .31
+    (chance .25), nuclear_size .50, pleomorphism .51, mitoses .54 (chance .5), material .37 (chance .2). Inflammation
+    is the most visible, .43 (chance .25): eosinophils are orange, as they should be."""
     rng = random.Random(0)
     rows = [any_facts(rng, "H&E", 3000 + k) for k in range(160)]
     colour = np.array([draw(f, 112)[0].mean((0, 1)) for f in rows])
@@ -149,7 +151,7 @@ def test_nuclei_have_the_stated_size_and_variation(architecture):
            for s in ("small", "large") for p in ("uniform", "pleomorphic")}
     for (size, shape), m in got.items():
         mean = m["mean_nuclear_diameter_um"].mean()
-        assert (6.3 < mean < 8.3) if size == "small" else (12.2 < mean < 15.5), (size, shape, mean)
+        assert (6.3 < mean < 8.3) if size == "small" else (11.2 < mean < 14.5), (size, shape, mean)
         cv = m["nuclear_diameter_cv"]
         assert (cv.max() < .12) if shape == "uniform" else (cv.mean() > .35 and cv.min() > .22), (size, shape, cv)
 
@@ -178,9 +180,9 @@ def test_mitoses_inflammation_and_material_are_there_if_and_only_if_stated():
         if f["mitoses"] == "frequent":                      # a figure can fall into two plates, two can touch
             assert 5 <= m["n_mitoses"] <= 9 and count_islands(masks["mitoses"]) >= 5
         if f["inflammation"] != "none":
-            assert 25 <= m["n_inflammatory"] <= 50
+            assert 13 <= m["n_inflammatory"] <= 30
         if f["material"] != "none":
-            assert .2 <= m["material_fraction"] <= .4 and m["material_fraction"] == masks["material"].mean()
+            assert .14 <= m["material_fraction"] <= .34 and m["material_fraction"] == masks["material"].mean()
 
 
 @pytest.mark.parametrize("location", ["nuclear", "membranous", "cytoplasmic"])
@@ -263,7 +265,7 @@ def test_half_the_um_per_px_and_twice_the_size_show_the_same_scene(subfield):
 
 
 def test_speed_is_measured_not_promised():
-    """5-9 ms on an idle core; the limit leaves room for a busy machine."""
+    """About 9 ms an image on one core; the limit leaves room for a busy machine."""
     rng = random.Random(1)
     rows = [any_facts(rng, "H&E", k) for k in range(40)]
     start = time.process_time()

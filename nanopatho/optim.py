@@ -1,0 +1,47 @@
+"""AdamW, or Muon for the matrices inside the layers and AdamW for everything else, used as if it were one optimizer.
+
+The paper's stages fine-tune published weights and name no optimizer; AdamW is the default. The tiny presets start from random
+weights, where Muon (Jordan et al. 2024, `torch.optim.Muon`) reached the same captions in about 0.6 of the steps (docs/LOG.md).
+Imports torch only and may be copied alone.
+"""
+import re
+
+import torch
+
+# Matrices between hidden layers, in the published names of both models. Embeddings, heads, patch convolutions stay with AdamW.
+HIDDEN = re.compile(r"(encoder\.layers|blocks|model\.layers|merger\.mlp)\..*weight$")
+
+
+class Optimizers(list):
+    """Over the parameters of `model` that require a gradient. kind: "adamw" or "muon" (needs torch 2.9 or later).
+
+    Weight decay acts on tensors with two or more dimensions, not on norms and biases.
+    """
+
+    def __init__(self, model, lr, weight_decay, kind="adamw", betas=(0.9, 0.95), eps=1e-8):
+        if kind == "muon" and not hasattr(torch.optim, "Muon"):
+            raise SystemExit(f"--optimizer muon needs torch 2.9 or later (here {torch.__version__}): use adamw")
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        hidden = {n: p for n, p in trained.items() if kind == "muon" and p.ndim == 2 and HIDDEN.search(n)}
+        rest = [p for n, p in trained.items() if n not in hidden]
+        self.append(torch.optim.AdamW([{"params": [p for p in rest if p.ndim >= 2], "weight_decay": weight_decay},
+                                       {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0}],
+                                      lr=lr, betas=betas, eps=eps, fused=True))
+        if hidden:
+            # match_rms_adamw scales the orthogonal update to AdamW's usual size, so one learning rate serves both
+            self.append(torch.optim.Muon(hidden.values(), lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
+
+    def step(self, lr):
+        """One update at this learning rate; the gradients are freed."""
+        for optimizer in self:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    def state_dict(self):
+        return [optimizer.state_dict() for optimizer in self]
+
+    def load_state_dict(self, states):
+        for optimizer, state in zip(self, states, strict=True):
+            optimizer.load_state_dict(state)
