@@ -64,6 +64,8 @@ def main(argv=None):
     # ------------------------------------------------------------------------------------------------ data
     records = read_records(f"{c.data}/captions.jsonl", use="caption")
     check_images(records)
+    if os.path.isfile(f"{c.data}/test.jsonl"):                       # a fault there must not wait for the end
+        check_images(read_records(f"{c.data}/test.jsonl")[:c.eval_items])
     images = Images()
 
     # ------------------------------------------------------------------------------------------------ model
@@ -114,7 +116,7 @@ def main(argv=None):
     checkpoint.finish(c.out, model, tokenizer)
     seconds = run.seconds()
     run.close()
-    results = caption_claims(model, tokenizer, c.data, c.eval_items, run)
+    results = caption_claims(model, tokenizer, c.data, c.eval_items, images)
     write_json(f"{c.out}/results.json", {"seconds": round(seconds, 1), **results})
     print(f"pretrain: {seconds:.0f} s, loss {loss.item():.3f}, {results}")
 

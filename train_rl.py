@@ -26,12 +26,12 @@ import torch
 
 from nanopatho import checkpoint, grpo, presets, rewards
 from nanopatho.chat import ChatTokenizer
-from nanopatho.data import Images, check_images, read_records, shuffled, vlm_batch
+from nanopatho.data import Images, check_images, check_pools, read_records, shuffled, vlm_batch
 from nanopatho.evaluate import ask, evaluate, read_lexicon, show_samples
 from nanopatho.generate import generate
 from nanopatho.log import Run, write_json
 from nanopatho.optim import Optimizers
-from nanopatho.vlm import PathoVLM, trainable
+from nanopatho.vlm import PathoVLM, repeat_images, trainable
 
 
 def say(default, help, **more):
@@ -63,11 +63,13 @@ class Config:
     cache_length: int = say(0, "tokens before the longest answer from which an answer counts as overlong, 0 = a fifth")
     clip_low: float = say(0.2, "the ratio may fall to 1 - this")
     clip_high: str = say("algo", "the ratio may grow to 1 + this; algo: 0.2 (grpo), 0.28 (dapo)")
-    aggregation: str = say("algo", "sequence-mean (grpo), token-mean (dapo) or constant-length")
+    aggregation: str = say("algo", "sequence-mean (grpo), token-mean (dapo) or constant-length",
+                           choices=("algo", *grpo.AGGREGATIONS))
     kl: str = say("algo", "weight of the KL to the start; algo: 0.01 (grpo), 0 (dapo: no reference model is loaded)")
-    reward: str = say("algo", "how parts combine: grpo_sum, grpo_gated, dapo_gated, dapo_sum")
+    reward: str = say("algo", "how parts combine: grpo_sum, grpo_gated, dapo_gated, dapo_sum",
+                      choices=("algo", *rewards.READINGS))
     claim_weight: float = say(0.0, "weight of the claim reward (an experiment: a gentle no to made-up findings)")
-    dynamic: str = say("algo", "replace groups without a signal: on (dapo), off (grpo)")
+    dynamic: str = say("algo", "replace groups without a signal: on (dapo), off (grpo)", choices=("algo", "on", "off"))
     max_rounds: int = say(4, "rollout rounds a step at most, when groups are replaced")
     max_pixels: int = say(1280 * 28 * 28, "largest image in pixels; bigger ones are scaled down")
     micro_batch: int = say(64, "answers per forward and backward pass; does not change the result")
@@ -98,6 +100,7 @@ def main(argv=None):
     # ------------------------------------------------------------------------------------------------ data
     records = read_records(f"{c.data}/rl.jsonl", use="question")
     check_images(records)
+    check_pools(c.data)
     images, lexicon = Images(), read_lexicon(c.data)
 
     # ------------------------------------------------------------------------------------------------ model
@@ -128,6 +131,10 @@ def main(argv=None):
 
     # ------------------------------------------------------------------------------------------------ loop
     for step in range(first, c.steps):
+        if c.save_every and step % c.save_every == 0 and step > first:
+            checkpoint.save(c.out, model, optimizer, {"step": step, "drawn": drawn, "done": done,
+                                                      "generator": generator.get_state()}, tokenizer)
+
         # 1. Eight answers to each question, until enough groups hold both right and wrong ones (DAPO) or once (GRPO).
         groups, seen, mixed, rounds = [], [], 0, 0
         while len(groups) < c.prompts and rounds < (c.max_rounds if c.dynamic == "on" else 1):
@@ -168,9 +175,6 @@ def main(argv=None):
                 f"{g['record']['question']} -> {g['record']['answer']}\n" + "\n".join(
                     f"  {p['reward']:+.2f} adv {a:+.2f} {t}" for p, a, t in zip(g["parts"], g["advantages"], g["texts"]))
                 for g in groups[:4]))
-        if c.save_every and (step + 1) % c.save_every == 0 and step + 1 < c.steps:
-            checkpoint.save(c.out, model, optimizer, {"step": step + 1, "drawn": drawn, "done": done,
-                                                      "generator": generator.get_state()}, tokenizer)
 
     # ------------------------------------------------------------------------------------------------ save, evaluate
     checkpoint.finish(c.out, model, tokenizer)
@@ -221,6 +225,7 @@ def update(model, reference, tokenizer, groups, parameters, optimizer, lr, c):
     model.train()
     device = next(model.parameters()).device
     n = sum(int(grpo.loss_count(g["mask"], c.aggregation)) for g in groups)
+    tokens = sum(int(g["mask"].sum()) for g in groups)
     per, totals = max(1, c.micro_batch // c.group_size), {}
     for at in range(0, len(groups), per):
         part = groups[at:at + per]
@@ -229,18 +234,19 @@ def update(model, reference, tokenizer, groups, parameters, optimizer, lr, c):
         loss, metrics = grpo.policy_loss(logp, row["logps"], row["advantages"], row["mask"], clip_low=c.clip_low,
                                          clip_high=c.clip_high, aggregation=c.aggregation, n_global=n,
                                          max_length=c.max_new_tokens)
-        numbers = {k: v.item() for k, v in metrics.items() if k in ("clip_high", "clip_low", "old_kl")}
-        numbers["sampler_gap"] = (logp.detach() - row["logps"])[row["mask"]].abs().mean().item()
+        here = int(row["mask"].sum()) / tokens                       # what is a mean over tokens is weighted by them
+        numbers = {k: v.item() * here for k, v in metrics.items() if k in ("clip_high", "clip_low", "old_kl")}
+        numbers["sampler_gap"] = (logp.detach() - row["logps"])[row["mask"]].abs().mean().item() * here
         if reference is not None:
             with torch.no_grad():
                 ref = answer_logps(reference, row, tokenizer, c)
             kl = grpo.aggregate(grpo.kl_k3(logp, ref, mask=row["mask"]), row["mask"], c.aggregation, n_global=n,
                                 max_length=c.max_new_tokens)
-            loss, numbers["kl"] = loss + c.kl * kl, kl.item() * len(groups) / len(part)
+            loss, numbers["kl"] = loss + c.kl * kl, kl.item()
         loss.backward()
-        numbers["loss"] = loss.item() * len(groups) / len(part)
+        numbers["loss"] = loss.item()
         for name, value in numbers.items():
-            totals[name] = totals.get(name, 0.0) + value * len(part) / len(groups)
+            totals[name] = totals.get(name, 0.0) + value
     norm = torch.nn.utils.clip_grad_norm_(parameters, c.clip_norm)
     if not torch.isfinite(norm):
         raise SystemExit(f"the gradient is not finite; records: {[g['record']['id'] for g in groups]}. Lower --lr.")
@@ -250,7 +256,7 @@ def update(model, reference, tokenizer, groups, parameters, optimizer, lr, c):
 
 def training_rows(groups, pad_id, group_size):
     """Groups -> right-padded tensors: input_ids, attention_mask (R, T); place (R, N) where each answer token stands in its
-    row; logps, mask (R, N); advantages (R,); pixels and grid once a group, `group_size` says how often each is used."""
+    row; logps, mask (R, N); advantages (R,); pixels and grid once a group, images = how many a group has."""
     rows = [(g, i) for g in groups for i in range(group_size)]
     N = max(g["mask"].shape[1] for g in groups)
     T = max(len(g["prompt"]) + int(g["mask"][i].sum()) for g, i in rows)
@@ -263,7 +269,7 @@ def training_rows(groups, pad_id, group_size):
         place[r, :m], mask[r, :m], logps[r, :m] = torch.arange(p, p + m), True, g["logps"][i, :m]
     return dict(input_ids=ids, attention_mask=attend, place=place, mask=mask, logps=logps,
                 advantages=torch.cat([g["advantages"] for g in groups]), pixels=torch.cat([g["pixels"] for g in groups]),
-                grid=torch.cat([g["grid"] for g in groups]))
+                grid=torch.cat([g["grid"] for g in groups]), images=torch.tensor([len(g["grid"]) for g in groups]))
 
 
 def answer_logps(model, row, tokenizer, c):
@@ -272,13 +278,10 @@ def answer_logps(model, row, tokenizer, c):
     The vision tower sees each image once; its tokens are repeated for the answers of its group.
     """
     seen = model.visual(row["pixels"], row["grid"])                                         # (cells over all images, H)
-    cells = (row["grid"].prod(1) // model.config["vision_config"]["spatial_merge_size"] ** 2).tolist()
-    per_group = len(cells) // (len(row["input_ids"]) // c.group_size)                       # images a question
-    blocks = seen.split([sum(cells[i:i + per_group]) for i in range(0, len(cells), per_group)])
-    hidden = model.hidden_states(row["input_ids"], attention_mask=row["attention_mask"],
-                                 image_embeds=torch.cat([b for b in blocks for _ in range(c.group_size)]),
-                                 image_grid_thw=row["grid"].view(-1, per_group, 3).repeat_interleave(
-                                     c.group_size, 0).view(-1, 3))                          # (R, T, H)
+    seen, grid = repeat_images(seen, row["grid"], row["images"].tolist(), c.group_size,
+                               model.config["vision_config"]["spatial_merge_size"])         # (cells of all R rows, H)
+    hidden = model.hidden_states(row["input_ids"], attention_mask=row["attention_mask"], image_embeds=seen,
+                                 image_grid_thw=grid)                                       # (R, T, H)
     trained = torch.zeros_like(row["attention_mask"], dtype=torch.bool)
     trained[torch.arange(len(trained)).unsqueeze(1).expand_as(row["place"])[row["mask"]], row["place"][row["mask"]]] = True
     full = model.token_logps(hidden, row["input_ids"], trained, temperature=c.temperature, banned=tokenizer.banned_ids)

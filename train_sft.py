@@ -20,7 +20,7 @@ import torch
 
 from nanopatho import checkpoint, presets, rewards
 from nanopatho.chat import PROMPTS, ChatTokenizer, train_tokenizer
-from nanopatho.data import Images, check_images, curriculum, read_records, vlm_batch
+from nanopatho.data import Images, check_images, check_pools, curriculum, read_records, vlm_batch
 from nanopatho.evaluate import evaluate, show_samples
 from nanopatho.log import Run, write_json
 from nanopatho.optim import Optimizers
@@ -78,6 +78,7 @@ def main(argv=None):
     # ------------------------------------------------------------------------------------------------ data
     records = read_records(f"{c.data}/sft.jsonl", use="sft")
     check_images(records)
+    check_pools(c.data)
     images = Images()
 
     # ------------------------------------------------------------------------------------------------ model

@@ -43,9 +43,10 @@ FIELDS = {                           # name: (value for tiny, help)
     "description": (0.1, "share of descriptions in the SFT pool"),
     "reasoning": (0.1, "share of open questions in the SFT pool"),
     "conversation": (0.1, "share of conversations of two turns in the SFT pool"),
-    "p_missing": (0.25, "the SFT teacher misses a finding and guesses it"),
-    "p_hasty": (0.3, "the SFT teacher names one finding and jumps to an answer"),
+    "p_missing": (0.15, "the SFT teacher misses a finding and guesses it"),
+    "p_hasty": (0.15, "the SFT teacher names one finding and jumps to an answer"),
     "verbosity": ("short", "short or long reasoning"),
+    "answers": ("text", "a choice is answered with the option's text or its letter"),
 }
 PRESETS = {
     "tiny": {},
@@ -53,7 +54,7 @@ PRESETS = {
     "small": {"size": 224, "um_per_px": 0.5, "subfields": "H&E:40,IHC:20,cytology:20,FISH:10,gross:10",
               "captions": 40000, "sft": 20000, "rl": 10000, "val": 600, "test": 2000, "test_combo": 1000,
               "test_stain": 1000, "mcq": 0.4, "description": 0.2, "reasoning": 0.2, "conversation": 0.2,
-              "verbosity": "long"},
+              "verbosity": "long", "answers": "letter"},
 }
 POOLS = ("captions", "sft", "rl", "val", "test", "test_combo", "test_stain")
 
@@ -95,7 +96,8 @@ def make_record(settings, pool, number):
         tasks = ("mcq", "description", "reasoning", "conversation")
         task = rng.choices(tasks, [settings[t] for t in tasks])[0]
         record = writer.sft_record(rng, subfield, level, task, p_missing=settings["p_missing"],
-                                   p_hasty=settings["p_hasty"], verbosity=settings["verbosity"])
+                                   p_hasty=settings["p_hasty"], verbosity=settings["verbosity"],
+                                   answers=settings["answers"])
     else:
         record = writer.question_record(rng, subfield, level, combos=pool == "test_combo")
     # ten million images a seed and a pool: no two records can share an image
@@ -206,6 +208,8 @@ def settings_of(args):
     for name in ("mcq", "description", "reasoning", "conversation", "p_missing", "p_hasty"):
         if not 0 <= settings[name] <= 1:
             raise SystemExit(f"--{name} {settings[name]}: must lie in 0 … 1")
+    if settings["answers"] not in ("text", "letter"):
+        raise SystemExit(f"--answers {settings['answers']!r}: choose text or letter")
     if settings["verbosity"] not in writer.BANDS:
         raise SystemExit(f"--verbosity {settings['verbosity']!r}: choose one of {', '.join(writer.BANDS)}")
     return settings

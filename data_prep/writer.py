@@ -59,12 +59,12 @@ def false_claims(text, facts):
     return list(dict.fromkeys(c.attribute for c, true in zip(said, judge_claims(said, facts)) if not true))
 
 
-def exclusions(kind, beliefs, options, pick, rng):
-    """-> [(option, phrases that rule it out)] for the other options that the beliefs rule out, in random order. Where
+def exclusions(kind, beliefs, options, pick):
+    """-> [(option, phrases that rule it out)] for the other options that the beliefs rule out. Where
     an option needs a thing that is not there, its absence is the phrase ("no keratin pearls")."""
     subfield, out = kind.subfield, []
     findings = tuple((a, beliefs[a]) for a in ATTRIBUTES[subfield])
-    for i in rng.sample(range(len(options)), len(options)):
+    for i in range(len(options)):
         names = kind.why_not(findings, options[i]) if i != pick else ()
         if not names:
             continue
@@ -76,7 +76,7 @@ def exclusions(kind, beliefs, options, pick, rng):
     return out
 
 
-def think_short(kind, beliefs, options, pick, rng):
+def think_short(kind, beliefs, options, pick):
     level, said = kind.level, say(beliefs, kind.needed(beliefs))
     agrees = kind.label(beliefs) == options[pick]
     end = f"This fits {options[pick]}." if agrees else f"Closest is {options[pick]}."
@@ -90,7 +90,7 @@ def think_short(kind, beliefs, options, pick, rng):
         text = f"I see {', '.join(said)}."
         return text if agrees or len(f"{text} {end}".split()) > BANDS["short"]["easy"][1] else f"{text} {end}"
     text = f"I see {', '.join(said)}."
-    ruled_out = sorted(exclusions(kind, beliefs, options, pick, rng), key=lambda x: len(x[1]))     # plain reasons first
+    ruled_out = sorted(exclusions(kind, beliefs, options, pick), key=lambda x: len(x[1]))     # plain reasons first
     for option, why in ruled_out[:1 if level == "medium" else 2]:
         news = level == "medium" and why[0].startswith("no ") and why[0] not in said
         more = f" N{why[0][1:]}." if news else f" Not {option}, given {' and '.join(why)}."
@@ -99,7 +99,7 @@ def think_short(kind, beliefs, options, pick, rng):
     return f"{text} {end}"
 
 
-def think_long(kind, beliefs, options, pick, topic, rng):
+def think_long(kind, beliefs, options, pick, topic):
     """Sentences in order of weight, added until the band of the level is reached."""
     subfield, needed, (low, high) = kind.subfield, kind.needed(beliefs), BANDS["long"][kind.level]
     plural = lambda n: f"{n} point{'' if n == 1 else 's'}"
@@ -119,7 +119,7 @@ def think_long(kind, beliefs, options, pick, topic, rng):
     else:
         parts += [look(a) for a in (needed if kind.level == "medium" else ATTRIBUTES[subfield])]
         against = [f"I can rule out {o}, because I see {' and '.join(why)}."
-                   for o, why in exclusions(kind, beliefs, options, pick, rng)]
+                   for o, why in exclusions(kind, beliefs, options, pick)]
     rest = [look(a) for a in ATTRIBUTES[subfield] if not any(phrase(subfield, a, beliefs[a]) in p for p in parts)]
     close = [f"Taken together, the image shows {', '.join(say(beliefs, needed))}.",
              "I check each of these findings once more in the image, and none of them changes this reading.",
@@ -132,7 +132,7 @@ def think_long(kind, beliefs, options, pick, topic, rng):
     return " ".join([*parts, end])
 
 
-def teach(rng, kind, options, facts, topic, *, p_missing=0.25, p_hasty=0.3, verbosity="short"):
+def teach(rng, kind, options, facts, topic, *, p_missing=0.15, p_hasty=0.15, verbosity="short"):
     """One answer of the teacher -> (thinking, index of its option, hasty)."""
     beliefs = believe(rng, facts, p_missing)
     while kind.label(beliefs) is None:                       # the question itself says that there is a stain, or a mass
@@ -147,8 +147,8 @@ def teach(rng, kind, options, facts, topic, *, p_missing=0.25, p_hasty=0.3, verb
         return f"I see {phrase(kind.subfield, seen, beliefs[seen])}.{jump}", pick, True
     pick = options.index(label) if label in options else kind.nearest(beliefs, options, rng)
     if verbosity == "long":
-        return think_long(kind, beliefs, options, pick, topic, rng), pick, False
-    return think_short(kind, beliefs, options, pick, rng), pick, False
+        return think_long(kind, beliefs, options, pick, topic), pick, False
+    return think_short(kind, beliefs, options, pick), pick, False
 
 
 # ---------------------------------------------------------------- records (__main__.py adds id, image, split)
@@ -198,14 +198,20 @@ def describe(kind, facts, beliefs):
             f"It shows {', '.join(say(facts, shown))}.")
 
 
-def sft_record(rng, subfield, level, task, *, p_missing=0.25, p_hasty=0.3, verbosity="short"):
-    """A record with the teacher's answer. task: mcq, description, reasoning (open), conversation (two turns)."""
+def sft_record(rng, subfield, level, task, *, p_missing=0.15, p_hasty=0.15, verbosity="short",
+               answers="letter"):
+    """A record with the teacher's answer. task: mcq, description, reasoning (open), conversation (two turns).
+
+    answers: what stands in <answer> of a choice, the option's "letter" (as in the paper) or its "text". Finding the letter of
+    a text is a reading skill that a published base model brings along and a small one from random weights does not.
+    """
     kind, question, options, right, facts = draw_question(rng, subfield, level)
     topic = rng.choice(TOPICS)
     thinking, pick, hasty = teach(rng, kind, options, facts, topic, p_missing=p_missing, p_hasty=p_hasty,
                                   verbosity=verbosity)
     beliefs, first = believe(rng, facts, p_missing), rng.choice(list(ATTRIBUTES[subfield]))
-    head, given, turns, extra = f"{subfield}, {topic}.", LETTERS[pick], [], {"options": options}
+    given = LETTERS[pick] if answers == "letter" else options[pick]
+    head, turns, extra = f"{subfield}, {topic}.", [], {"options": options}
     if task == "mcq":
         text, answer = f"{head} {question}", LETTERS[right]
         asked = lettered(text, options)

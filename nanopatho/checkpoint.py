@@ -19,8 +19,8 @@ def save(out, model, optimizer, state, tokenizer=None):
     if tokenizer is not None:
         tokenizer.save(fresh)
     torch.save(dict(state, optimizer=optimizer.state_dict(), torch_rng=torch.get_rng_state()), fresh / "train_state.pt")
-    shutil.rmtree(old, ignore_errors=True)
-    if last.exists():
+    if last.exists():                                                # else `old` is the only complete one: it stays
+        shutil.rmtree(old, ignore_errors=True)
         os.replace(last, old)
     os.replace(fresh, last)
     shutil.rmtree(old, ignore_errors=True)
@@ -54,4 +54,5 @@ def finish(out, model, tokenizer=None):
     model.save_pretrained(out)
     if tokenizer is not None:
         tokenizer.save(out)
-    shutil.rmtree(out / "last", ignore_errors=True)
+    for name in ("last", "last.old", "last.tmp"):
+        shutil.rmtree(out / name, ignore_errors=True)

@@ -68,7 +68,7 @@ def check_record(record, use="any"):
     bad = {name for name, _ in problems}
     if "options" in record and "answer" in record and not bad & {"options", "answer"}:
         letters = LETTERS[:len(record["options"])]
-        if record["answer"] not in letters:
+        if record["answer"] not in list(letters):                     # a list: "AB" is in "ABCD"
             problems.append(("answer", f"must be one of the letters {', '.join(letters)} of the {len(letters)} options"))
     if "messages" in record and "image" in record and not bad & {"messages", "image"}:
         n = 1 if isinstance(record["image"], str) else len(record["image"])
@@ -89,12 +89,15 @@ def read_records(path, use="any", limit=20):
         raise DataError(f"{path}: no such file. Make one with `python -m data_prep microworld --preset tiny --out "
                         f"{path.parent}` or point --data at a folder with your own records.")
     records, problems, ids = [], [], {}
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
                 record = json.loads(line)
+            except UnicodeDecodeError as error:
+                problems.append(f"{path}:{number}: not UTF-8 text ({error.reason} at byte {error.start}); save the file as UTF-8")
+                continue
             except json.JSONDecodeError as error:
                 problems.append(f"{path}:{number}: not valid JSON ({error.msg} at column {error.colno})")
                 continue
@@ -102,10 +105,10 @@ def read_records(path, use="any", limit=20):
             for field, problem in check_record(record, use):
                 value = record.get(field) if isinstance(record, dict) else record
                 problems.append(f"{where}: field '{field}' {problem}; it is {str(value)[:80]!r}")
-            if isinstance(record, dict):
-                if record.get("id") in ids:
+            if isinstance(record, dict) and isinstance(record.get("id"), str):
+                if record["id"] in ids:
                     problems.append(f"{where}: field 'id' was already used on line {ids[record['id']]}; make ids unique")
-                ids[record.get("id")] = number
+                ids[record["id"]] = number
                 records.append({**record, "_root": str(path.parent), "_where": where})
     if problems:
         more = f"\n… and {len(problems) - limit} more" if len(problems) > limit else ""
@@ -121,11 +124,27 @@ def image_paths(record):
 
 
 def check_images(records, limit=20):
-    """Open the header of every image once, before training -> raises DataError naming all that are missing."""
-    missing = [f"{r['_where']}: field 'image' names {p}, which does not exist" for r in records
-               for p in image_paths(r) if not os.path.isfile(p)]
-    if missing:
-        raise DataError(f"{len(missing)} image(s) not found:\n" + "\n".join(missing[:limit]))
+    """Open and decode every image once, before training (0.2 ms each at 112 pixels) -> DataError naming all bad ones.
+
+    The header alone would not tell that a file is cut off.
+    """
+    problems = []
+    for r in records:
+        for path in image_paths(r) if r.get("image") else []:
+            try:
+                open_image(path)
+            except ImageError as error:
+                problems.append(f"{r['_where']}: field 'image': {error}")
+    if problems:
+        more = f"\n… and {len(problems) - limit} more" if len(problems) > limit else ""
+        raise DataError(f"{len(problems)} image(s) cannot be used:\n" + "\n".join(problems[:limit]) + more)
+
+
+def check_pools(data):
+    """Check the question pools that the evaluation after a stage reads: a fault there must not wait for the end."""
+    for pool in ("test", "val", "test_combo", "test_stain"):
+        if pool in ("test", "val") or os.path.isfile(f"{data}/{pool}.jsonl"):       # the shifted pools are optional
+            check_images(read_records(f"{data}/{pool}.jsonl", use="question"))
 
 
 class Images:
@@ -227,7 +246,7 @@ def curriculum(records, steps, batch, rng, start=(0.6, 0.3, 0.1), end=(0.25, 0.3
     """
     cells = {}
     for i, r in enumerate(records):
-        level = CHOICES["level"].index(r.get("level", "medium"))
+        level = CHOICES["level"].index(r.get("level") or "medium")
         cells.setdefault(level, {}).setdefault((r.get("subfield"), r.get("topic")), []).append(i)
     levels = sorted(cells)
     for step in range(steps):

@@ -20,8 +20,8 @@ import torch
 from tqdm import tqdm
 
 from . import rewards
-from .chat import PROMPTS, ChatTokenizer
-from .data import LETTERS, Images, question_text, read_records, vlm_batch
+from .chat import IMAGE, PROMPTS, ChatTokenizer
+from .data import LETTERS, Images, image_paths, question_text, read_records, vlm_batch
 from .generate import generate
 from .grpo import group_advantages
 from .vlm import PathoVLM
@@ -76,9 +76,14 @@ def read_lexicon(data):
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def judge(text, record, lexicon):
-    """One answer -> dict: correct, format, length (words), claims [(attribute, value, start, end, true)], recall, …"""
+def judge(text, record, lexicon, bare=False):
+    """One answer -> dict: correct, format, length (words), claims [(attribute, value, start, end, true)], recall, …
+
+    bare: no reasoning was asked for, so an <answer> block alone is in order too.
+    """
     response = rewards.parse_response(text)
+    if bare and not response.format_ok:                              # the same strict reading, with a reasoning put before
+        response = rewards.parse_response("<think>none</think>" + text)._replace(thinking="")
     chosen = rewards.choice(response.answer, record["options"]) if response.format_ok else None
     out = dict(correct=chosen is not None and LETTERS[chosen] == record["answer"], format=bool(response.format_ok),
                words=len(text.split()), claims=[], true=0, recall=None, contradiction=None)
@@ -96,9 +101,9 @@ def judge(text, record, lexicon):
     return out
 
 
-def table(records, texts, lexicon):
+def table(records, texts, lexicon, bare=False):
     """Texts (list of lists) of `records` -> numbers with intervals, and per-question accuracies for paired tests."""
-    judged = [[judge(t, r, lexicon) for t in group] for r, group in zip(records, texts)]
+    judged = [[judge(t, r, lexicon, bare) for t in group] for r, group in zip(records, texts)]
     accuracy = [float(np.mean([j["correct"] for j in group])) for group in judged]
     flat = [j for group in judged for j in group]
     out = {"accuracy": interval(accuracy), "n": len(records), "k": len(texts[0]) if texts else 0,
@@ -131,7 +136,8 @@ def evaluate(model, tokenizer, data, *, pool="test", items=0, samples=8, sample_
     records = read_records(f"{data}/{pool}.jsonl", use="question")
     records, lexicon, images = records[:items or None], read_lexicon(data), images or Images()
     options = dict(max_new_tokens=max_new_tokens, prompt=prompt, images=images)
-    greedy, greedy_each, _ = table(records, answers(model, tokenizer, records, title=f"{pool} greedy", **options), lexicon)
+    greedy, greedy_each, _ = table(records, answers(model, tokenizer, records, title=f"{pool} greedy", **options), lexicon,
+                                   bare=prompt == "bare")
     out = {"n": len(records), "greedy_accuracy": greedy["accuracy"][0], "greedy_accuracy_ci": greedy["accuracy"][1],
            "format": greedy["format"], "mean_length": greedy["words"]}
     for name in ("by_level", "by_subfield", "by_topic"):
@@ -141,7 +147,8 @@ def evaluate(model, tokenizer, data, *, pool="test", items=0, samples=8, sample_
     if samples:
         some = records[:sample_items or None]
         main, each["sampled"], judged = table(some, answers(
-            model, tokenizer, some, k=samples, temperature=1.0, title=f"{pool} x{samples}", **options), lexicon)
+            model, tokenizer, some, k=samples, temperature=1.0, title=f"{pool} x{samples}", **options), lexicon,
+            bare=prompt == "bare")
         out.update(sampled_accuracy=main["accuracy"][0], sampled_accuracy_ci=main["accuracy"][1], samples=samples,
                    sampled_n=len(some), sampled_length=main["words"], sampled_format=main["format"],
                    pass_at_k=float(np.mean([any(j["correct"] for j in g) for g in judged])))
@@ -181,7 +188,7 @@ def caption_claims(model, tokenizer, data, items, images=None):
         for attribute in lexicon[record["subfield"]]:
             recall.append(attribute in named)
             per_finding[f"{record['subfield']} {attribute}"].append(attribute in named)
-    value, ci = interval(precision)
+    value, ci = interval(precision) if precision else (None, None)  # no finding named: no number, and JSON knows no NaN
     return {"claim_accuracy": value, "claim_accuracy_ci": ci, "claim_recall": float(np.mean(recall)), "n": len(records),
             "by_finding": {k: float(np.mean(v)) for k, v in sorted(per_finding.items())},
             "examples": [{"id": r["id"], "caption": t, "facts": r["facts"]} for r, t in zip(records[:4], texts)]}
@@ -217,7 +224,7 @@ def heatmap(model, tokenizer, record, text, images):
     Saliency, not attention weights: it follows the whole network. It shows influence, not proof of a reason.
     """
     messages = [{"role": "system", "content": PROMPTS["cot"]}, {"role": "user", "content": question_text(record)},
-                {"role": "assistant", "content": text}]
+                {"role": "assistant", "content": text.replace(IMAGE, "")}]           # a model may spell the mark
     batch = vlm_batch([(record, messages, "chat")], tokenizer, model.config, images=images)
     device = next(model.parameters()).device
     batch = {k: v.to(device) for k, v in batch.items()}
@@ -253,8 +260,9 @@ def show_samples(model, tokenizer, data, out, *, questions=6, k=8, max_new_token
         parts = [score(t, record) for t in group]
         total = torch.tensor([p["reward"] for p in parts])
         advantages = group_advantages(total, k).tolist() if k > 1 else [0.0]
-        copy = out / "samples" / f"{record['id']}{Path(record['image']).suffix}"
-        shutil.copyfile(Path(record["_root"]) / record["image"], copy)
+        picture = Path(image_paths(record)[0])
+        copy = out / "samples" / f"{record['id'].replace('/', '_')}{picture.suffix}"
+        shutil.copyfile(picture, copy)
         rows = []
         for text, part, advantage in zip(group, parts, advantages):
             j = judge(text, record, lexicon)

@@ -56,7 +56,7 @@ class Run:
     def step(self, step, show=(), **numbers):
         """Record numbers of `step` (0-based); `show` names those on the bar (default: the first four)."""
         row = {"step": step, "time": round(self.seconds(), 3),
-               **{k: round(float(v), 6) for k, v in numbers.items()}}
+               **{k: float(f"{float(v):.6g}") for k, v in numbers.items()}}
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
         text = " | ".join(f"{k} {v:.4g}" for k, v in row.items() if k not in ("step", "time"))

@@ -89,7 +89,7 @@ TRAIN = {
         "clip": dict(optimizer="muon", batch_size=64, lr=2e-3, warmup=20, weight_decay=0.05, steps_morphology=200,
                      steps_all=150, partial=0.7, stain=0.2, save_every=100),
         "pretrain": dict(optimizer="muon", batch_size=32, lr=2e-3, warmup=50, steps=1000, save_every=250),
-        "sft": dict(optimizer="muon", batch_size=32, lr=1e-3, warmup=20, steps=300, save_every=100, max_new_tokens=64),
+        "sft": dict(optimizer="muon", train="projector,decoder", batch_size=32, lr=1e-3, warmup=20, steps=400, save_every=100, max_new_tokens=64),
         "rl": dict(lr=2e-4, warmup=5, weight_decay=0.0, prompts=16, steps=100, max_new_tokens=64, micro_batch=128,
                    eval_sample_items=300),
     },
@@ -113,7 +113,7 @@ def parse(Config, stage, argv=None):
     Unknown presets and fields end the program with the list of known ones (exit code 2), before anything is read.
     """
     argv = sys.argv[1:] if argv is None else argv
-    known = [name for name in TRAIN if stage in ("clip",) or not name.startswith("clip-")]
+    known = list(CLIP if stage == "clip" else VLM)
     parser = argparse.ArgumentParser(description=sys.modules[Config.__module__].__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     fields = dataclasses.fields(Config)

@@ -1,0 +1,232 @@
+"""The three scripts of the language model as a user starts them: files, resume, bad input, what SFT trains.
+
+The update of RL has test_train_rl.py, train_clip.py is in test_evaluate_clip.py. All at smoke size: 0.4 M parameters.
+"""
+
+import json
+import math
+
+import pytest
+import torch
+
+import train_clip
+import train_pretrain
+import train_rl
+import train_sft
+from nanopatho import chat, evaluate, presets
+from nanopatho.data import DataError, read_records
+from smoke import QUICK, RL, equal, luck, metrics, options, strict, weights
+
+# --- end to end -------------------------------------------------------------------------------------------------------
+
+
+def test_pretrain_and_sft_leave_what_they_promise(chain, world):
+    for name, numbers in (("pretrain", {"loss", "grad_norm", "lr", "tokens"}),
+                          ("sft", {"loss", "grad_norm", "lr", "tokens", "hard"})):
+        out = chain / name
+        assert {p.name for p in out.iterdir()} >= {"run.json", "metrics.jsonl", "log.txt", "samples", "results.json",
+                                                   "config.json", "model.safetensors", "tokenizer.json"}
+        assert not (out / "last").exists()
+        rows = metrics(out)
+        assert len(rows) == 3 and set(rows[0]) == numbers | {"step", "time"}
+        assert abs(rows[0]["loss"] - math.log(1024)) < 1.5             # untrained: about one in 1,024 ids
+        config = strict(out / "run.json")
+        assert config["preset"] == "smoke" and config["stage"] == name and config["data"] == str(world)
+        assert chat.ChatTokenizer.load(out).id["<|image_pad|>"] == strict(out / "config.json")["image_token_id"]
+    assert not equal(weights(chain / "pretrain"), weights(chain / "sft"))
+    assert strict(chain / "pretrain" / "results.json")["n"] == 24
+    results = strict(chain / "sft" / "results.json")
+    assert {"seconds", "greedy_accuracy", "greedy_accuracy_ci", "sampled_accuracy", "contradiction",
+            "by_level"} <= set(results)
+    assert set(results["pools"]) == {"test_combo", "test_stain"} and results["n"] == 8
+    assert len(strict(chain / "sft" / "each.json")["greedy"]) == 8
+    assert len(strict(chain / "sft" / "samples" / "questions.json")) == 6
+    shown = (chain / "sft" / "samples" / "trained.txt").read_text()
+    assert shown.startswith("<|im_start|>system\nYou are a pathology expert") and "<|im_end|>]" in shown
+
+
+@pytest.mark.parametrize("algo", ["grpo", "dapo"])
+def test_rl_runs_end_to_end(algo, chain, world, tmp_path):
+    train_rl.main(options(preset="smoke", algo=algo, data=world, init=chain / "sft", out=tmp_path))
+    rows = metrics(tmp_path)
+    assert len(rows) == 2 and {"accuracy", "format", "length", "reward", "mixed", "rounds", "entropy", "truncated",
+                               "pass_at_k", "claims"} <= set(rows[0])
+    config = strict(tmp_path / "run.json")
+    assert {k: config[k] for k in train_rl.ALGO[algo]} == train_rl.ALGO[algo] and config["cache_length"] == 3
+    results = strict(tmp_path / "results.json")
+    assert {"greedy_accuracy", "sampled_accuracy", "format", "mean_length", "contradiction", "pools"} <= set(results)
+    page = strict(tmp_path / "samples" / "questions.json")
+    assert all(len(q["answers"]) == 8 and (tmp_path.parent / q["image"]).is_file() for q in page)
+    assert weights(tmp_path).keys() == weights(chain / "sft").keys()
+
+
+# --- resume: N steps == k steps, a kill, N - k steps ------------------------------------------------------------------
+
+
+RESUME = {
+    "pretrain": (train_pretrain, dict(QUICK, steps=6, batch_size=4, optimizer="muon", eval_items=2)),
+    "sft": (train_sft, dict(QUICK, steps=6, batch_size=4, eval_items=1, eval_samples=1, max_new_tokens=4)),
+    "grpo": (train_rl, dict(RL, algo="grpo", steps=6, lr=1e-3, epochs=2)),
+    "dapo": (train_rl, dict(RL, algo="dapo", steps=6, lr=1e-3)),
+}
+
+
+@pytest.mark.parametrize("stage", RESUME)
+def test_resume_is_bitwise(stage, chain, world, tmp_path, monkeypatch):
+    """Six steps in one go, and six with a kill after the fifth; the checkpoint holds four."""
+    script, fields = RESUME[stage]
+    fields = dict(fields, data=world, **({} if stage == "pretrain" else dict(init=chain / "pretrain")))
+    monkeypatch.setattr(train_rl.rewards, "score_answer", luck)
+    script.main(options(**fields, out=tmp_path / "whole", save_every=0))
+    real = script.Run.step
+
+    def killed(self, step, **numbers):
+        real(self, step, **numbers)
+        if step == 4:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(script.Run, "step", killed)
+        script.main(options(**fields, out=tmp_path / "broken", save_every=2))
+    assert len(metrics(tmp_path / "broken")) == 5 and not (tmp_path / "broken" / "model.safetensors").exists()
+    script.main(options(**fields, out=tmp_path / "broken", save_every=2))
+    assert equal(weights(tmp_path / "whole"), weights(tmp_path / "broken"))
+    whole, broken = metrics(tmp_path / "whole"), metrics(tmp_path / "broken")
+    assert len(whole) == 6 and all(r.pop("time") >= 0 for r in whole + broken) and whole == broken
+    if script is train_rl:
+        assert any("loss" in r for r in whole[4:]) and any(r["mixed"] for r in whole)   # something was learned after it
+    results = [strict(tmp_path / name / "results.json") for name in ("whole", "broken")]
+    assert all(r.pop("seconds") >= 0 for r in results) and results[0] == results[1]
+    assert not (tmp_path / "broken" / "last").exists()
+
+
+# --- command line and bad input ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", [train_clip, train_pretrain, train_sft, train_rl])
+def test_help_explains_every_field(script, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "4000")                              # no line breaks inside words
+    with pytest.raises(SystemExit) as ended:
+        script.main(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert ended.value.code == 0 and " ".join(script.__doc__.split()) in shown
+    for name, f in script.Config.__dataclass_fields__.items():
+        assert f"--{name} " in shown and f"{' '.join(f.metadata['help'].split())} (default: {f.default})" in shown, name
+
+
+@pytest.mark.parametrize("script", [train_clip, train_pretrain, train_sft, train_rl])
+@pytest.mark.parametrize("argv,says", [(["--preset", "huge"], ["'huge'", "smoke", "tiny", "small"]),
+                                       (["--stepz", "3"], ["--stepz", "--seed", "--out"])])
+def test_unknown_preset_and_field(script, argv, says, capsys):
+    with pytest.raises(SystemExit) as ended:
+        script.main(argv)
+    message = capsys.readouterr().err
+    assert ended.value.code == 2 and all(word in message for word in says), message
+
+
+@pytest.mark.parametrize("field,value,choices", [("algo", "ppo", "grpo"), ("aggregation", "mean", "token-mean"),
+                                                 ("reward", "sum", "dapo_gated"), ("dynamic", "true", "on")])
+def test_a_wrong_choice_of_rl_is_told_at_once(field, value, choices, capsys):
+    with pytest.raises(SystemExit) as ended:
+        train_rl.main([f"--{field}", value])
+    message = capsys.readouterr().err
+    assert ended.value.code == 2 and f"--{field}" in message and value in message and choices in message
+
+
+@pytest.mark.parametrize("script,name", [(train_pretrain, "captions"), (train_sft, "sft"), (train_rl, "rl")])
+def test_missing_data_says_how_to_make_it(script, name, tmp_path):
+    with pytest.raises(DataError, match=rf"none.{name}.jsonl: no such file. Make one with `python -m data_prep micro"):
+        script.main(options(preset="smoke", data=tmp_path / "none", out=tmp_path / "out", init="x"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_rl_needs_a_start(world, tmp_path):
+    with pytest.raises(SystemExit, match="--init is empty.*SFT run folder"):
+        train_rl.main(options(preset="smoke", data=world, out=tmp_path / "out"))
+    for script in (train_sft, train_rl):
+        with pytest.raises((FileNotFoundError, ValueError), match="nowhere"):
+            script.main(options(preset="smoke", data=world, out=tmp_path / "out", init=tmp_path / "nowhere"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_faults_of_data_are_found_before_training(world, tmp_path, chain):
+    """Also those that only the evaluation at the end would meet."""
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "images").symlink_to(world / "images")
+    for path in world.glob("*.json*"):
+        (data / path.name).write_bytes(path.read_bytes())
+
+    def spoil(name, **changes):
+        rows = [json.loads(line) for line in (world / f"{name}.jsonl").read_text().splitlines()]
+        rows[3].update(changes)
+        (data / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+
+    (tmp_path / "cut.jpg").write_bytes((world / "images" / "test-000000.jpg").read_bytes()[:700])
+    for pool, changes, says, scripts in (
+            ("test_stain", dict(answer="E"), r"test_stain.jsonl:4 id=.*'answer' must be one of the letters A",
+             (train_sft, train_rl)),
+            ("val", dict(options=["a"]), r"val.jsonl:4 .*'options'", (train_sft, train_rl)),
+            ("test", dict(image=str(tmp_path / "cut.jpg")), r"test.jsonl:4 .*cut.jpg: damaged or cut off",
+             (train_pretrain, train_sft, train_rl)),
+            ("captions", dict(caption=""), r"captions.jsonl:4 .*'caption' is missing", (train_pretrain,)),
+            ("sft", dict(messages=[]), r"sft.jsonl:4 .*'messages' is missing", (train_sft,))):
+        spoil(pool, **changes)
+        for script in scripts:
+            with pytest.raises(DataError, match=says):
+                script.main(options(preset="smoke", data=data, out=tmp_path / "out", init=chain / "pretrain"))
+        (data / f"{pool}.jsonl").write_bytes((world / f"{pool}.jsonl").read_bytes())
+    assert not (tmp_path / "out").exists()
+
+
+def test_unwritable_out(world, chain, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match="file/run: cannot write the run folder"):
+        train_sft.main(options(preset="smoke", data=world, out=tmp_path / "file" / "run", init=chain / "pretrain"))
+
+
+# --- SFT --------------------------------------------------------------------------------------------------------------
+
+
+def test_bare_takes_the_reasoning_away():
+    record = {"messages": [{"role": "system", "content": "other"},
+                           {"role": "user", "content": "<image>Is <think> a tag?"},
+                           {"role": "assistant", "content": "<think>I see\nfat.</think>\n<answer>B</answer>"}]}
+    _, turns, kind = train_sft.conversation(record, "bare")
+    assert kind == "chat" and turns == [{"role": "system", "content": chat.PROMPTS["bare"]}, record["messages"][1],
+                                        {"role": "assistant", "content": "\n<answer>B</answer>"}]
+    _, turns, _ = train_sft.conversation(record, "cot")
+    assert turns == [{"role": "system", "content": chat.PROMPTS["cot"]}, *record["messages"][1:]]
+
+
+def test_frozen_parts_and_bare_style(world, chain, tmp_path):
+    fields = dict(QUICK, data=world, init=chain / "pretrain", out=tmp_path / "run", steps=1, batch_size=4, eval_items=1,
+                  eval_samples=0, max_new_tokens=4)
+    train_sft.main(options(**fields, train="projector", style="bare", lr=1e-2))
+    before, after = weights(chain / "pretrain"), weights(tmp_path / "run")
+    changed = {k for k in before if not torch.equal(before[k], after[k])}
+    assert changed and all(k.startswith("visual.merger.") for k in changed)
+    samples = tmp_path / "run" / "samples"
+    shown = (samples / "trained.txt").read_text()
+    assert "<think>" not in shown and chat.PROMPTS["bare"] in shown and not (samples / "questions.json").exists()
+    with pytest.raises(ValueError, match=r"--train names \['head'\]: choose from vision, projector, decoder"):
+        train_sft.main(options(**dict(fields, train="head")))
+
+
+def test_the_trained_text_is_bracketed():
+    tokenizer = chat.train_tokenizer(["abc"], 256)
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b c"}]
+    ids, trained = chat.render(turns, tokenizer, [], system="s")
+    labels = torch.tensor([i if keep else -100 for i, keep in zip(ids, trained)])
+    assert train_sft.trained_tokens(tokenizer, torch.tensor(ids), labels) == (
+        "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n[b c<|im_end|>]\n")
+
+
+def test_pools_of_the_smoke_world_can_be_judged(world):
+    """The lexicon knows every finding of the facts, and a true sentence of it scores 1."""
+    lexicon = evaluate.read_lexicon(world)
+    for record in read_records(world / "rl.jsonl", use="question"):
+        said = [lexicon[record["subfield"]][a][record["facts"][a]][0] for a in lexicon[record["subfield"]]]
+        got = evaluate.judge(f"<think>{', '.join(said)}</think><answer>{record['answer']}</answer>", record, lexicon)
+        assert got["correct"] and got["recall"] == 1.0 and got["true"] == len(got["claims"])
+    assert presets.TRAIN["smoke"]["rl"]["max_new_tokens"] == 16        # cache_length 3 above is a fifth of it
