@@ -183,19 +183,21 @@ def main(argv=None):
             model.logit_scale.clamp_(0, math.log(c.max_logit_scale))
         run.step(step, loss=loss.item(), grad_norm=norm.item(), lr=lr, logit_scale=model.logit_scale.exp().item(),
                  unique_texts=len(unique), phase=1 + joint)
-        if c.save_every and (step + 1) % c.save_every == 0 and step + 1 < total:
+        if (c.save_every and (step + 1) % c.save_every == 0) or step + 1 == total:
             checkpoint.save(c.out, model, optimizer, {"step": step + 1})
 
-    # ------------------------------------------------------------------------------------------------ save, evaluate
-    checkpoint.finish(c.out, model)
+    # ------------------------------------------------------------------------------------------------ evaluate, save
     seconds = run.seconds()
     run.close()
     results = {"seconds": round(seconds, 1)}
     if evaluated:
-        results.update(evaluate_pool(model, tokenizer, c.data, items=c.eval_items, images=images))
+        for name, value in evaluate_pool(model, tokenizer, c.data, items=c.eval_items, images=images).items():
+            results[name] = value
+            if isinstance(value, dict) and "value" in value:         # one form in all stages: x, x_ci, x_n
+                results |= {name: value["value"], f"{name}_ci": [value["low"], value["high"]], f"{name}_n": value["n"]}
+    checkpoint.finish(c.out, model)
     write_json(f"{c.out}/results.json", results)
-    shown = {k: v["value"] for k, v in results.items() if isinstance(v, dict) and "value" in v}
-    print(f"clip: {seconds:.0f} s, " + ", ".join(f"{k} {v:.3f}" for k, v in shown.items()))
+    print(f"clip: {seconds:.0f} s, " + ", ".join(f"{k} {v:.3f}" for k, v in results.items() if isinstance(v, float)))
 
 
 if __name__ == "__main__":

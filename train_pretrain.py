@@ -109,16 +109,16 @@ def main(argv=None):
         norm = torch.nn.utils.clip_grad_norm_(parameters, c.clip_norm)
         optimizer.step(lr)
         run.step(step, loss=loss.item(), grad_norm=norm.item(), lr=lr, tokens=int((labels >= 0).sum()))
-        if c.save_every and (step + 1) % c.save_every == 0 and step + 1 < c.steps:
+        if (c.save_every and (step + 1) % c.save_every == 0) or step + 1 == c.steps:
             checkpoint.save(c.out, model, optimizer, {"step": step + 1}, tokenizer)
 
-    # ------------------------------------------------------------------------------------------------ save, evaluate
-    checkpoint.finish(c.out, model, tokenizer)
+    # ------------------------------------------------------------------------------------------------ evaluate, save
     seconds = run.seconds()
     run.close()
     results = caption_claims(model, tokenizer, c.data, c.eval_items, images)
+    checkpoint.finish(c.out, model, tokenizer)
     write_json(f"{c.out}/results.json", {"seconds": round(seconds, 1), **results})
-    print(f"pretrain: {seconds:.0f} s, loss {loss.item():.3f}, {results}")
+    print(f"pretrain: {seconds:.0f} s, " + ", ".join(f"{k} {v:.3f}" for k, v in results.items() if isinstance(v, float)))
 
 
 if __name__ == "__main__":

@@ -130,10 +130,13 @@ def main(argv=None):
         return {**parts, "reward": rewards.combine(parts, c.reward, c.claim_weight)}
 
     # ------------------------------------------------------------------------------------------------ loop
+    def save(step):
+        checkpoint.save(c.out, model, optimizer, {"step": step, "drawn": drawn, "done": done,
+                                                  "generator": generator.get_state()}, tokenizer)
+
     for step in range(first, c.steps):
         if c.save_every and step % c.save_every == 0 and step > first:
-            checkpoint.save(c.out, model, optimizer, {"step": step, "drawn": drawn, "done": done,
-                                                      "generator": generator.get_state()}, tokenizer)
+            save(step)
 
         # 1. Eight answers to each question, until enough groups hold both right and wrong ones (DAPO) or once (GRPO).
         groups, seen, mixed, rounds = [], [], 0, 0
@@ -176,8 +179,8 @@ def main(argv=None):
                     f"  {p['reward']:+.2f} adv {a:+.2f} {t}" for p, a, t in zip(g["parts"], g["advantages"], g["texts"]))
                 for g in groups[:4]))
 
-    # ------------------------------------------------------------------------------------------------ save, evaluate
-    checkpoint.finish(c.out, model, tokenizer)
+    # ------------------------------------------------------------------------------------------------ evaluate, save
+    save(c.steps)                                                    # the weights are safe before the evaluation
     seconds = run.seconds()
     run.close()
     options = dict(max_new_tokens=c.max_new_tokens, images=images)
@@ -185,9 +188,10 @@ def main(argv=None):
                              sample_items=c.eval_sample_items, **options)
     results["pools"] = {pool: evaluate(model, tokenizer, c.data, pool=pool, items=c.eval_items, samples=0, **options)[0]
                         for pool in ("test_combo", "test_stain") if os.path.isfile(f"{c.data}/{pool}.jsonl")}
-    write_json(f"{c.out}/results.json", {"seconds": round(seconds, 1), **results})
     write_json(f"{c.out}/each.json", each)
     show_samples(model, tokenizer, c.data, c.out, k=c.group_size, score=score, **options)
+    checkpoint.finish(c.out, model, tokenizer)
+    write_json(f"{c.out}/results.json", {"seconds": round(seconds, 1), **results})    # last: it says the stage is done
     print(f"{c.algo}: {seconds:.0f} s, greedy {results['greedy_accuracy']:.3f}, sampled {results.get('sampled_accuracy', 0):.3f}")
 
 

@@ -118,11 +118,10 @@ def main(argv=None):
         levels = [records[i].get("level") for i in order[step]]
         run.step(step, loss=loss.item(), grad_norm=norm.item(), lr=lr, hard=levels.count("hard") / len(levels),
                  tokens=int((labels >= 0).sum()))
-        if c.save_every and (step + 1) % c.save_every == 0 and step + 1 < c.steps:
+        if (c.save_every and (step + 1) % c.save_every == 0) or step + 1 == c.steps:
             checkpoint.save(c.out, model, optimizer, {"step": step + 1}, tokenizer)
 
-    # ------------------------------------------------------------------------------------------------ save, evaluate
-    checkpoint.finish(c.out, model, tokenizer)
+    # ------------------------------------------------------------------------------------------------ evaluate, save
     seconds = run.seconds()
     run.close()
     ask = dict(max_new_tokens=c.max_new_tokens, prompt=c.style, images=images)
@@ -130,10 +129,11 @@ def main(argv=None):
                              sample_items=c.eval_sample_items, **ask)
     results["pools"] = {pool: evaluate(model, tokenizer, c.data, pool=pool, items=c.eval_items, samples=0, **ask)[0]
                         for pool in ("test_combo", "test_stain") if os.path.isfile(f"{c.data}/{pool}.jsonl")}
-    write_json(f"{c.out}/results.json", {"seconds": round(seconds, 1), **results})
     write_json(f"{c.out}/each.json", each)
     if c.style == "cot":
         show_samples(model, tokenizer, c.data, c.out, score=score, max_new_tokens=c.max_new_tokens, images=images)
+    checkpoint.finish(c.out, model, tokenizer)
+    write_json(f"{c.out}/results.json", {"seconds": round(seconds, 1), **results})    # last: it says the stage is done
     print(f"sft: {seconds:.0f} s, greedy {results['greedy_accuracy']:.3f}, sampled {results.get('sampled_accuracy', 0):.3f}")
 
 

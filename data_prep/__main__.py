@@ -45,6 +45,7 @@ FIELDS = {                           # name: (value for tiny, help)
     "conversation": (0.1, "share of conversations of two turns in the SFT pool"),
     "p_missing": (0.15, "the SFT teacher misses a finding and guesses it"),
     "p_hasty": (0.15, "the SFT teacher names one finding and jumps to an answer"),
+    "p_routine": (0.55, "the same on medium questions, which it takes for routine"),
     "verbosity": ("short", "short or long reasoning"),
     "answers": ("text", "a choice is answered with the option's text or its letter"),
 }
@@ -96,7 +97,7 @@ def make_record(settings, pool, number):
         tasks = ("mcq", "description", "reasoning", "conversation")
         task = rng.choices(tasks, [settings[t] for t in tasks])[0]
         record = writer.sft_record(rng, subfield, level, task, p_missing=settings["p_missing"],
-                                   p_hasty=settings["p_hasty"], verbosity=settings["verbosity"],
+                                   p_hasty=settings["p_routine" if level == "medium" else "p_hasty"], verbosity=settings["verbosity"],
                                    answers=settings["answers"])
     else:
         record = writer.question_record(rng, subfield, level, combos=pool == "test_combo")

@@ -89,11 +89,20 @@ TRAIN = {
         "clip": dict(optimizer="muon", batch_size=64, lr=2e-3, warmup=20, weight_decay=0.05, steps_morphology=200,
                      steps_all=150, partial=0.7, stain=0.2, save_every=100),
         "pretrain": dict(optimizer="muon", batch_size=32, lr=2e-3, warmup=50, steps=1000, save_every=250),
-        "sft": dict(optimizer="muon", train="projector,decoder", batch_size=32, lr=1e-3, warmup=20, steps=400, save_every=100, max_new_tokens=64),
-        "rl": dict(lr=2e-4, warmup=5, weight_decay=0.0, prompts=16, steps=100, max_new_tokens=64, micro_batch=128,
+        "sft": dict(optimizer="muon", train="projector,decoder", batch_size=16, lr=2e-3, warmup=20, steps=800,
+                    save_every=200, max_new_tokens=64, eval_sample_items=300),
+        "rl": dict(lr=1e-4, warmup=5, weight_decay=0.0, prompts=16, steps=100, max_new_tokens=64, micro_batch=128,
                    eval_sample_items=300),
     },
-    "small": {"clip": {}, "pretrain": {}, "sft": {}, "rl": {}},
+    # small: guesses for one GPU, scaled from tiny; not run yet.
+    "small": {
+        "clip": dict(optimizer="muon", batch_size=256, lr=1e-3, warmup=100, weight_decay=0.05, steps_morphology=2000,
+                     steps_all=2000, partial=0.7, stain=0.2),
+        "pretrain": dict(optimizer="muon", batch_size=64, lr=1e-3, warmup=100, steps=4000),
+        "sft": dict(optimizer="muon", train="projector,decoder", batch_size=64, lr=1e-3, warmup=50, steps=2000,
+                    max_new_tokens=320),
+        "rl": dict(lr=5e-5, warmup=5, weight_decay=0.0, prompts=64, steps=200, max_new_tokens=320, micro_batch=128),
+    },
     "3b": {}, "7b": {}, "clip-b16": {}, "clip-l14": {},
 }
 

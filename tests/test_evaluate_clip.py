@@ -206,8 +206,8 @@ def test_resume_is_bitwise(tmp_path, monkeypatch):
     assert all(row.pop("time") >= 0 for rows in lines for row in rows)
     assert lines[0] == lines[1] and [row["phase"] for row in lines[0]] == [1, 1, 1, 2, 2, 2]
     results = json.loads((tmp_path / "whole/results.json").read_text())
-    assert results["zero_shot_accuracy"]["n"] == 24 and results["pool"] == 4       # four distinct findings texts
-    assert set(results["i2t"]) == {"r1", "r5", "r10"} and {"value", "low", "high"} < set(results["recall_at_1"])
+    assert results["zero_shot_accuracy_n"] == 24 and results["pool"] == 4       # four distinct findings texts
+    assert set(results["i2t"]) == {"r1", "r5", "r10"} and len(results["recall_at_1_ci"]) == 2
     again = tmp_path / "again"                                        # its own output is a start for a next run
     train_clip.main(arguments(data, again, init=tmp_path / "whole", eval_items=0))
     assert json.loads((again / "results.json").read_text()).keys() == {"seconds"}
