@@ -25,17 +25,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
 
 from nanopatho import checkpoint, presets
-from nanopatho.chat import clip_ids, clip_tokenizer
+from nanopatho.chat import clip_ids, clip_tokenizer, read_tokenizer
 from nanopatho.clip import CLIP, clip_loss
 from nanopatho.data import DataError, Images, augment, check_images, read_records, shuffled
 from nanopatho.evaluate import read_lexicon
-from nanopatho.evaluate_clip import evaluate_pool, text_of
+from nanopatho.evaluate_clip import evaluate_pool, read_prompts, text_of
 from nanopatho.image import clip_pixels
 from nanopatho.optim import Optimizers
-from nanopatho.log import Run, write_json
+from nanopatho.log import Run, check_finite, run_main, write_json
 
 
 def say(default, help, **more):
@@ -51,7 +50,7 @@ class Config:
     seed: int = say(0, "seed of weights, order and augmentation")
     steps_morphology: int = say(6000, "optimizer steps of step 1, on the field morphology")
     steps_all: int = say(14000, "optimizer steps of step 2, on morphology or caption of all records")
-    batch_size: int = say(256, "pairs per step; each has batch_size - 1 wrong texts to be told from")
+    batch_size: int = say(256, "pairs per step; each has batch_size - 1 wrong texts to be told from", least=1)
     optimizer: str = say("adamw", "adamw, or muon: Muon for the towers' matrices, AdamW for the rest",
                          choices=("adamw", "muon"))
     lr: float = say(1e-5, "peak learning rate, cosine to zero over both steps")
@@ -65,15 +64,6 @@ class Config:
     eval_items: int = say(1000, "held-out records used by the evaluation at the end, 0 = none")
     save_every: int = say(500, "steps between checkpoints, 0 = only at the end")
     threads: int = say(0, "CPU threads, 0 = all")
-
-
-def read_tokenizer(where):
-    """The tokenizer.json of a folder of weights, or beside a .pt file (which carries no vocabulary)."""
-    path = (Path(where) if os.path.isdir(where) else Path(where).parent) / "tokenizer.json"
-    if not path.is_file():
-        raise SystemExit(f"{path} is missing: weights need the tokenizer they were trained with (Hugging Face's "
-                         "tokenizer.json serves every published CLIP)")
-    return Tokenizer.from_file(str(path))
 
 
 def phrases(text):
@@ -113,6 +103,7 @@ def restain(picture, strength, rng):
 def main(argv=None):
     # ------------------------------------------------------------------------------------------------ config, device
     c = presets.parse(Config, "clip", argv)
+    checkpoint.check_out(c, "clip")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if c.threads:
         torch.set_num_threads(c.threads)
@@ -131,14 +122,19 @@ def main(argv=None):
     if evaluated:                                                    # a fault there should not wait for the end
         held_out, lexicon = read_records(f"{c.data}/test.jsonl")[:c.eval_items], read_lexicon(c.data)
         check_images(held_out), [text_of(r, lexicon) for r in held_out]
+        if os.path.isfile(f"{c.data}/zero_shot.json"):
+            read_prompts(f"{c.data}/zero_shot.json")
     pools = with_morphology, records                                 # of step 1 and step 2, each with an endless order
     orders = [shuffled(len(p), c.batch_size, np.random.default_rng([c.seed, i])) for i, p in enumerate(pools)]
 
     # ------------------------------------------------------------------------------------------------ model
-    begun = any(Path(c.out, name).is_dir() for name in ("last", "last.old"))            # a run to be resumed
-    model = CLIP.from_pretrained(c.init) if c.init else CLIP(presets.CLIP[c.preset])
-    if begun or c.init:
-        tokenizer = read_tokenizer(c.out if begun else c.init)
+    begun = checkpoint.begun(c.out)                                  # a run to be resumed
+    with checkpoint.reading(c.init):
+        model = CLIP.from_pretrained(c.init) if c.init else CLIP(presets.CLIP[c.preset])
+    if begun or c.init:                                              # a .pt carries no vocabulary: it lies beside
+        where = Path(c.out if begun else c.init)
+        with checkpoint.reading(where):
+            tokenizer = read_tokenizer((where if where.is_dir() else where.parent) / "tokenizer.json")
     else:
         tokenizer = clip_tokenizer([t for r in records for t in (r["caption"], r.get("morphology")) if t],
                                    model.config["text_config"]["vocab_size"])
@@ -178,6 +174,7 @@ def main(argv=None):
         loss = clip_loss(image_features, text_features, model.logit_scale, also_true.to(device))
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, c.clip_norm)
+        check_finite(step, rows, loss=loss.item(), grad_norm=norm.item())
         optimizer.step(lr)
         with torch.no_grad():
             model.logit_scale.clamp_(0, math.log(c.max_logit_scale))
@@ -201,4 +198,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -19,8 +19,8 @@ import torch
 from nanopatho import checkpoint, presets
 from nanopatho.chat import ChatTokenizer, train_tokenizer
 from nanopatho.data import Images, caption_row, check_images, question_text, read_records, shuffled, vlm_batch
-from nanopatho.evaluate import caption_claims
-from nanopatho.log import Run, write_json
+from nanopatho.evaluate import caption_claims, check_facts, read_lexicon
+from nanopatho.log import Run, check_finite, run_main, write_json
 from nanopatho.optim import Optimizers
 from nanopatho.vlm import PathoVLM, trainable
 
@@ -36,16 +36,16 @@ class Config:
     init: str = say("", "folder of weights to start from (published layout); empty: random weights of the preset")
     out: str = say("runs/pretrain", "run folder: weights, metrics.jsonl, samples")
     seed: int = say(0, "seed of weights, order and augmentation")
-    train: str = say("vision,projector,decoder", "parts that are trained")
+    train: str = say("vision,projector,decoder", "parts that are trained", parts=("vision", "projector", "decoder"))
     steps: int = say(1000, "optimizer steps")
-    batch_size: int = say(64, "pairs per step")
+    batch_size: int = say(64, "pairs per step", least=1)
     lr: float = say(1e-5, "peak learning rate, cosine to a tenth")
     warmup: int = say(50, "steps of linear warm-up")
     optimizer: str = say("adamw", "adamw, or muon: Muon for the matrices of the layers, AdamW for the rest",
                          choices=("adamw", "muon"))
     weight_decay: float = say(0.05, "AdamW weight decay on matrices")
     clip_norm: float = say(1.0, "largest gradient norm")
-    max_pixels: int = say(1280 * 28 * 28, "largest image in pixels; bigger ones are scaled down")
+    max_pixels: int = say(1280 * 28 * 28, "largest image in pixels; bigger ones are scaled down", least=1)
     augment: bool = say(True, "turn and mirror images (tissue has no up)")
     eval_items: int = say(128, "held-out captions written and checked at the end")
     save_every: int = say(500, "steps between checkpoints, 0 = only at the end")
@@ -55,6 +55,7 @@ class Config:
 def main(argv=None):
     # ------------------------------------------------------------------------------------------------ config, device
     c = presets.parse(Config, "pretrain", argv)
+    checkpoint.check_out(c, "pretrain")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if c.threads:
         torch.set_num_threads(c.threads)
@@ -65,12 +66,14 @@ def main(argv=None):
     records = read_records(f"{c.data}/captions.jsonl", use="caption")
     check_images(records)
     if os.path.isfile(f"{c.data}/test.jsonl"):                       # a fault there must not wait for the end
-        check_images(read_records(f"{c.data}/test.jsonl")[:c.eval_items])
+        held_out = read_records(f"{c.data}/test.jsonl")[:c.eval_items]
+        check_images(held_out), check_facts(held_out, read_lexicon(c.data))
     images = Images()
 
     # ------------------------------------------------------------------------------------------------ model
     if c.init:
-        model, tokenizer = PathoVLM.from_pretrained(c.init, dtype=torch.float32), ChatTokenizer.load(c.init)
+        with checkpoint.reading(c.init):
+            model, tokenizer = PathoVLM.from_pretrained(c.init, dtype=torch.float32), ChatTokenizer.load(c.init)
     else:
         texts = [r["caption"] for r in records]
         for name in ("sft", "rl"):                                   # the words of the later stages, their texts only
@@ -107,6 +110,7 @@ def main(argv=None):
         loss = model.loss(model.hidden_states(**batch), labels)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, c.clip_norm)
+        check_finite(step, [r for r, _, _ in rows], loss=loss.item(), grad_norm=norm.item())
         optimizer.step(lr)
         run.step(step, loss=loss.item(), grad_norm=norm.item(), lr=lr, tokens=int((labels >= 0).sum()))
         if (c.save_every and (step + 1) % c.save_every == 0) or step + 1 == c.steps:
@@ -122,4 +126,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -27,9 +27,9 @@ import torch
 from nanopatho import checkpoint, grpo, presets, rewards
 from nanopatho.chat import ChatTokenizer
 from nanopatho.data import Images, check_images, check_pools, read_records, shuffled, vlm_batch
-from nanopatho.evaluate import ask, evaluate, read_lexicon, show_samples
+from nanopatho.evaluate import ask, check_facts, evaluate, read_lexicon, show_samples
 from nanopatho.generate import generate
-from nanopatho.log import Run, write_json
+from nanopatho.log import ConfigError, Run, check_finite, run_main, write_json
 from nanopatho.optim import Optimizers
 from nanopatho.vlm import PathoVLM, repeat_images, trainable
 
@@ -46,12 +46,12 @@ class Config:
     init: str = say("", "folder of weights to start from (the SFT run)")
     out: str = say("runs/rl", "run folder: weights, metrics.jsonl, samples, results.json")
     seed: int = say(0, "seed of sampling and order")
-    train: str = say("vision,projector,decoder", "parts that are trained")
+    train: str = say("vision,projector,decoder", "parts that are trained", parts=("vision", "projector", "decoder"))
     steps: int = say(200, "rollout steps")
-    prompts: int = say(128, "questions per rollout step that enter the update")
-    group_size: int = say(8, "answers to each question")
-    updates: int = say(2, "optimizer steps per rollout, each on its share of the groups")
-    epochs: int = say(1, "passes over each rollout; 2 or more lets the clip act on the same answers")
+    prompts: int = say(128, "questions per rollout step that enter the update", least=1)
+    group_size: int = say(8, "answers to each question", least=2)
+    updates: int = say(2, "optimizer steps per rollout, each on its share of the groups", least=1)
+    epochs: int = say(1, "passes over each rollout; 2 or more lets the clip act on the same answers", least=1)
     lr: float = say(1e-6, "learning rate, constant after warm-up")
     warmup: int = say(10, "optimizer steps of linear warm-up")
     optimizer: str = say("adamw", "adamw, or muon: Muon for the matrices of the layers, AdamW for the rest",
@@ -59,7 +59,7 @@ class Config:
     weight_decay: float = say(0.1, "AdamW weight decay on matrices")
     clip_norm: float = say(1.0, "largest gradient norm")
     temperature: float = say(1.0, "sampling temperature; divides the logits in every log-probability")
-    max_new_tokens: int = say(2048, "longest answer")
+    max_new_tokens: int = say(2048, "longest answer", least=1)
     cache_length: int = say(0, "tokens before the longest answer from which an answer counts as overlong, 0 = a fifth")
     clip_low: float = say(0.2, "the ratio may fall to 1 - this")
     clip_high: str = say("algo", "the ratio may grow to 1 + this; algo: 0.2 (grpo), 0.28 (dapo)")
@@ -70,9 +70,9 @@ class Config:
                       choices=("algo", *rewards.READINGS))
     claim_weight: float = say(0.0, "weight of the claim reward (an experiment: a gentle no to made-up findings)")
     dynamic: str = say("algo", "replace groups without a signal: on (dapo), off (grpo)", choices=("algo", "on", "off"))
-    max_rounds: int = say(4, "rollout rounds a step at most, when groups are replaced")
-    max_pixels: int = say(1280 * 28 * 28, "largest image in pixels; bigger ones are scaled down")
-    micro_batch: int = say(64, "answers per forward and backward pass; does not change the result")
+    max_rounds: int = say(4, "rollout rounds a step at most, when groups are replaced", least=1)
+    max_pixels: int = say(1280 * 28 * 28, "largest image in pixels; bigger ones are scaled down", least=1)
+    micro_batch: int = say(64, "answers per forward and backward pass; does not change the result", least=1)
     eval_items: int = say(0, "test questions, 0 = all")
     eval_samples: int = say(8, "answers per question for sampled accuracy")
     eval_sample_items: int = say(0, "test questions that are sampled, 0 = all")
@@ -90,7 +90,13 @@ def main(argv=None):
     for name, value in ALGO[c.algo].items():
         if getattr(c, name) == "algo":
             setattr(c, name, value)
-    c.clip_high, c.kl, c.cache_length = float(c.clip_high), float(c.kl), c.cache_length or c.max_new_tokens // 5
+    for name in ("clip_high", "kl"):
+        try:
+            setattr(c, name, float(getattr(c, name)))
+        except ValueError:
+            raise ConfigError(f"--{name} {getattr(c, name)}: write a number, or algo") from None
+    c.cache_length = c.cache_length or c.max_new_tokens // 5
+    checkpoint.check_out(c, c.algo)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if c.threads:
         torch.set_num_threads(c.threads)
@@ -100,13 +106,20 @@ def main(argv=None):
     # ------------------------------------------------------------------------------------------------ data
     records = read_records(f"{c.data}/rl.jsonl", use="question")
     check_images(records)
-    check_pools(c.data)
+    pools = check_pools(c.data)
     images, lexicon = Images(), read_lexicon(c.data)
+    check_facts(records, lexicon)
+    if c.claim_weight and not any(r.get("facts") and r.get("subfield") in lexicon for r in records):
+        raise ConfigError(f"--claim_weight {c.claim_weight}: no record of {c.data}/rl.jsonl has facts that {c.data}/lexicon.json "
+                          "names, so no claim can be judged; add them, or leave the option out")
+    for pool in pools:
+        check_facts(read_records(f"{c.data}/{pool}.jsonl"), lexicon)
 
     # ------------------------------------------------------------------------------------------------ model
     if not c.init:
-        raise SystemExit("train_rl.py: --init is empty. RL starts from a model that can answer: give the SFT run folder.")
-    model, tokenizer = PathoVLM.from_pretrained(c.init, dtype=torch.float32).to(device), ChatTokenizer.load(c.init)
+        raise ConfigError("--init is empty. RL starts from a model that can answer: give the SFT run folder.")
+    with checkpoint.reading(c.init):
+        model, tokenizer = PathoVLM.from_pretrained(c.init, dtype=torch.float32).to(device), ChatTokenizer.load(c.init)
     reference = copy.deepcopy(model).requires_grad_(False) if c.kl > 0 else None
     parameters = trainable(model, c.train.split(","))
     print(f"{c.algo}: {sum(p.numel() for p in parameters) / 1e6:.2f} M trained parameters, {len(records)} questions, {device}")
@@ -126,7 +139,7 @@ def main(argv=None):
     def score(text, record, n_tokens=None):
         """Named reward parts and their sum; claims are measured always and paid only with claim_weight > 0."""
         parts = rewards.score_answer(text, record, n_tokens=n_tokens, length_limit=c.max_new_tokens - c.cache_length,
-                                     lexicon=lexicon.get(record.get("subfield")))
+                                     lexicon=lexicon.get(record.get("subfield")) if record.get("facts") else None)
         return {**parts, "reward": rewards.combine(parts, c.reward, c.claim_weight)}
 
     # ------------------------------------------------------------------------------------------------ loop
@@ -150,7 +163,8 @@ def main(argv=None):
             groups += [g for g, k in zip(fresh, keep) if k] if c.dynamic == "on" else fresh
         groups = groups[:c.prompts]                                   # arrival order; the surplus is dropped
         parts = [p for g in seen for p in g["parts"]]                 # statistics over everything sampled, kept or not
-        mean = {name: float(np.mean([p[name] for p in parts])) for name in parts[0]}
+        names = dict.fromkeys(name for p in parts for name in p)      # claims: only where the facts are known
+        mean = {name: float(np.mean([p[name] for p in parts if name in p])) for name in names}
         lengths = torch.cat([g["mask"].sum(1) for g in seen]).float()
         numbers = dict(mean, length=lengths.mean().item(), mixed=mixed / len(seen), rounds=rounds, groups=len(groups),
                        truncated=float(np.mean([x for g in seen for x in g["truncated"]])),
@@ -169,7 +183,7 @@ def main(argv=None):
         for _ in range(c.epochs):
             for at in range(0, len(groups), share):
                 lr = c.lr * min(1.0, (done + 1) / max(1, c.warmup))
-                stats.append(update(model, reference, tokenizer, groups[at:at + share], parameters, optimizer, lr, c))
+                stats.append(update(model, reference, tokenizer, groups[at:at + share], parameters, optimizer, lr, c, step))
                 done += 1
         numbers.update({k: float(np.mean([s[k] for s in stats])) for k in stats[0]}, lr=lr)
         run.step(step, show=("accuracy", "length", "mixed", "entropy"), **numbers)
@@ -184,15 +198,19 @@ def main(argv=None):
     seconds = run.seconds()
     run.close()
     options = dict(max_new_tokens=c.max_new_tokens, images=images)
-    results, each = evaluate(model, tokenizer, c.data, items=c.eval_items, samples=c.eval_samples,
-                             sample_items=c.eval_sample_items, **options)
+    results = {}
+    if "test" in pools:
+        results, each = evaluate(model, tokenizer, c.data, items=c.eval_items, samples=c.eval_samples,
+                                 sample_items=c.eval_sample_items, **options)
+        write_json(f"{c.out}/each.json", each)
     results["pools"] = {pool: evaluate(model, tokenizer, c.data, pool=pool, items=c.eval_items, samples=0, **options)[0]
-                        for pool in ("test_combo", "test_stain") if os.path.isfile(f"{c.data}/{pool}.jsonl")}
-    write_json(f"{c.out}/each.json", each)
-    show_samples(model, tokenizer, c.data, c.out, k=c.group_size, score=score, **options)
+                        for pool in ("test_combo", "test_stain") if pool in pools}
+    if "val" in pools:
+        show_samples(model, tokenizer, c.data, c.out, k=c.group_size, score=score, **options)
     checkpoint.finish(c.out, model, tokenizer)
     write_json(f"{c.out}/results.json", {"seconds": round(seconds, 1), **results})    # last: it says the stage is done
-    print(f"{c.algo}: {seconds:.0f} s, greedy {results['greedy_accuracy']:.3f}, sampled {results.get('sampled_accuracy', 0):.3f}")
+    print(f"{c.algo}: {seconds:.0f} s" + "".join(f", {k} {results[k]:.3f}" for k in ("greedy_accuracy", "sampled_accuracy")
+                                             if k in results))
 
 
 def rollout(model, tokenizer, records, c, images, generator, score):
@@ -224,7 +242,7 @@ def rollout(model, tokenizer, records, c, images, generator, score):
     return groups
 
 
-def update(model, reference, tokenizer, groups, parameters, optimizer, lr, c):
+def update(model, reference, tokenizer, groups, parameters, optimizer, lr, c, step=0):
     """One optimizer step on `groups` -> dict of numbers. Micro-batches of whole groups; the divisor counts the whole step."""
     model.train()
     device = next(model.parameters()).device
@@ -252,8 +270,7 @@ def update(model, reference, tokenizer, groups, parameters, optimizer, lr, c):
         for name, value in numbers.items():
             totals[name] = totals.get(name, 0.0) + value
     norm = torch.nn.utils.clip_grad_norm_(parameters, c.clip_norm)
-    if not torch.isfinite(norm):
-        raise SystemExit(f"the gradient is not finite; records: {[g['record']['id'] for g in groups]}. Lower --lr.")
+    check_finite(step, [g["record"] for g in groups], grad_norm=norm.item())
     optimizer.step(lr)
     return {**totals, "grad_norm": norm.item()}
 
@@ -293,4 +310,4 @@ def answer_logps(model, row, tokenizer, c):
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

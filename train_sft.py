@@ -21,8 +21,8 @@ import torch
 from nanopatho import checkpoint, presets, rewards
 from nanopatho.chat import PROMPTS, ChatTokenizer, train_tokenizer
 from nanopatho.data import Images, check_images, check_pools, curriculum, read_records, vlm_batch
-from nanopatho.evaluate import evaluate, show_samples
-from nanopatho.log import Run, write_json
+from nanopatho.evaluate import check_facts, evaluate, read_lexicon, show_samples
+from nanopatho.log import Run, check_finite, run_main, write_json
 from nanopatho.optim import Optimizers
 from nanopatho.vlm import PathoVLM, trainable
 
@@ -38,19 +38,19 @@ class Config:
     init: str = say("", "folder of weights to start from; empty: random weights (the no-pretraining ablation)")
     out: str = say("runs/sft", "run folder: weights, metrics.jsonl, samples, results.json")
     seed: int = say(0, "seed of order and augmentation")
-    train: str = say("vision,projector,decoder", "parts that are trained")
+    train: str = say("vision,projector,decoder", "parts that are trained", parts=("vision", "projector", "decoder"))
     style: str = say("cot", "cot: as written; bare: the reasoning removed", choices=("cot", "bare"))
     steps: int = say(1000, "optimizer steps")
-    batch_size: int = say(64, "conversations per step")
+    batch_size: int = say(64, "conversations per step", least=1)
     lr: float = say(1e-5, "peak learning rate, cosine to a tenth")
     warmup: int = say(20, "steps of linear warm-up")
     optimizer: str = say("adamw", "adamw, or muon: Muon for the matrices of the layers, AdamW for the rest",
                          choices=("adamw", "muon"))
     weight_decay: float = say(0.05, "AdamW weight decay on matrices")
     clip_norm: float = say(1.0, "largest gradient norm")
-    max_pixels: int = say(1280 * 28 * 28, "largest image in pixels; bigger ones are scaled down")
+    max_pixels: int = say(1280 * 28 * 28, "largest image in pixels; bigger ones are scaled down", least=1)
     augment: bool = say(True, "turn and mirror images (tissue has no up)")
-    max_new_tokens: int = say(96, "longest answer in evaluation")
+    max_new_tokens: int = say(96, "longest answer in evaluation", least=1)
     eval_items: int = say(0, "test questions, 0 = all")
     eval_samples: int = say(8, "answers per question for sampled accuracy")
     eval_sample_items: int = say(0, "test questions that are sampled, 0 = all")
@@ -69,6 +69,7 @@ def conversation(record, style):
 def main(argv=None):
     # ------------------------------------------------------------------------------------------------ config, device
     c = presets.parse(Config, "sft", argv)
+    checkpoint.check_out(c, "sft")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if c.threads:
         torch.set_num_threads(c.threads)
@@ -78,12 +79,15 @@ def main(argv=None):
     # ------------------------------------------------------------------------------------------------ data
     records = read_records(f"{c.data}/sft.jsonl", use="sft")
     check_images(records)
-    check_pools(c.data)
+    pools = check_pools(c.data)
+    for pool in pools:
+        check_facts(read_records(f"{c.data}/{pool}.jsonl"), read_lexicon(c.data))
     images = Images()
 
     # ------------------------------------------------------------------------------------------------ model
     if c.init:
-        model, tokenizer = PathoVLM.from_pretrained(c.init, dtype=torch.float32), ChatTokenizer.load(c.init)
+        with checkpoint.reading(c.init):
+            model, tokenizer = PathoVLM.from_pretrained(c.init, dtype=torch.float32), ChatTokenizer.load(c.init)
     else:
         tokenizer = train_tokenizer([m["content"] for r in records for m in r["messages"]], presets.TINY_BPE)
         model = PathoVLM(presets.VLM[c.preset])
@@ -114,6 +118,7 @@ def main(argv=None):
         loss = model.loss(model.hidden_states(**batch), labels)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, c.clip_norm)
+        check_finite(step, [r for r, _, _ in rows], loss=loss.item(), grad_norm=norm.item())
         optimizer.step(lr)
         levels = [records[i].get("level") for i in order[step]]
         run.step(step, loss=loss.item(), grad_norm=norm.item(), lr=lr, hard=levels.count("hard") / len(levels),
@@ -125,16 +130,19 @@ def main(argv=None):
     seconds = run.seconds()
     run.close()
     ask = dict(max_new_tokens=c.max_new_tokens, prompt=c.style, images=images)
-    results, each = evaluate(model, tokenizer, c.data, items=c.eval_items, samples=c.eval_samples,
-                             sample_items=c.eval_sample_items, **ask)
+    results = {}
+    if "test" in pools:
+        results, each = evaluate(model, tokenizer, c.data, items=c.eval_items, samples=c.eval_samples,
+                                 sample_items=c.eval_sample_items, **ask)
+        write_json(f"{c.out}/each.json", each)
     results["pools"] = {pool: evaluate(model, tokenizer, c.data, pool=pool, items=c.eval_items, samples=0, **ask)[0]
-                        for pool in ("test_combo", "test_stain") if os.path.isfile(f"{c.data}/{pool}.jsonl")}
-    write_json(f"{c.out}/each.json", each)
-    if c.style == "cot":
+                        for pool in ("test_combo", "test_stain") if pool in pools}
+    if c.style == "cot" and "val" in pools:
         show_samples(model, tokenizer, c.data, c.out, score=score, max_new_tokens=c.max_new_tokens, images=images)
     checkpoint.finish(c.out, model, tokenizer)
     write_json(f"{c.out}/results.json", {"seconds": round(seconds, 1), **results})    # last: it says the stage is done
-    print(f"sft: {seconds:.0f} s, greedy {results['greedy_accuracy']:.3f}, sampled {results.get('sampled_accuracy', 0):.3f}")
+    print(f"sft: {seconds:.0f} s" + "".join(f", {k} {results[k]:.3f}" for k in ("greedy_accuracy", "sampled_accuracy")
+                                             if k in results))
 
 
 def score(text, record):
@@ -155,4 +163,4 @@ def trained_tokens(tokenizer, ids, labels):
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

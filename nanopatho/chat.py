@@ -30,6 +30,16 @@ SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{
          r"|\s+(?!\S)|\s+")                                          # Qwen2.5's own pre-tokenizer, from its tokenizer.json
 
 
+def read_tokenizer(path):
+    """tokenizer.json -> tokenizers.Tokenizer; FileNotFoundError or ValueError names the file."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} is missing: weights need the tokenizer they were trained with; copy it there")
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:                                       # `tokenizers` raises no narrower class
+        raise ValueError(f"{path}: cannot be read as a tokenizer ({error}); copy it again from the model") from error
+
+
 class ChatTokenizer:
     """A `tokenizers.Tokenizer` with the ids this project needs. `encode` never yields a special token."""
 
@@ -60,10 +70,15 @@ class ChatTokenizer:
 
     @classmethod
     def load(cls, folder):
-        path = Path(folder) / "tokenizer.json"
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing: a model folder needs the tokenizer it was trained with")
-        return cls(Tokenizer.from_file(str(path)))
+        """tokenizer.json of a folder (or of a hub id that was downloaded); its ids must be those of the config.json there."""
+        from .weights import find_folder
+        folder = find_folder(folder)
+        read, config = cls(read_tokenizer(folder / "tokenizer.json")), folder / "config.json"
+        wanted = json.loads(config.read_text(encoding="utf-8")).get("image_token_id") if config.is_file() else None
+        if wanted not in (None, read.id["<|image_pad|>"]):
+            raise ValueError(f"{folder}/tokenizer.json: <|image_pad|> has id {read.id['<|image_pad|>']}, config.json says "
+                             f"{wanted}: they belong to different models; put the right tokenizer.json there")
+        return read
 
 
 def train_tokenizer(texts, bpe_size):

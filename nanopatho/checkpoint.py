@@ -2,11 +2,67 @@
 train_state.pt (optimizer, step, random states). It is written beside the old one and renamed, so a kill at any moment leaves
 one that can be read. Resuming continues bit for bit on CPU: N steps == k steps, kill, N - k steps (tests/test_scripts.py).
 """
+import contextlib
+import dataclasses
+import json
 import os
 import shutil
 from pathlib import Path
 
 import torch
+
+from .log import ConfigError
+
+# Settings that may change when a run is resumed: none of them changes what is learned.
+FREE = ("out", "threads", "save_every", "micro_batch", "eval_items", "eval_samples", "eval_sample_items")
+
+
+@contextlib.contextmanager
+def reading(folder):
+    """What cannot be read inside (weights, config.json, tokenizer.json of `folder`) becomes a ConfigError naming it."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        text = str(error) if str(folder) in str(error) else f"{folder}: {error}"
+        if (Path(folder) / "last").is_dir():
+            text += f". The run there has not finished: start it again to finish it, or give {Path(folder) / 'last'}."
+        raise ConfigError(text) from error
+
+
+def begun(out):
+    """The folder of the newest complete checkpoint, or None. A kill between the renames of `save` leaves last.old alone."""
+    there = [folder for folder in (Path(out) / "last", Path(out) / "last.old") if folder.is_dir()]
+    for folder in there:
+        if (folder / "train_state.pt").is_file():
+            return folder
+    if there:
+        raise ConfigError(f"{there[0]}/train_state.pt is missing, so the run cannot be resumed. Remove {there[0]} to start "
+                          "this stage again.")
+    return None
+
+
+def check_out(config, stage):
+    """Before anything is read: would starting in config.out ruin what lies there? ConfigError names each difference.
+
+    A checkpoint is resumed, and finished weights are replaced, only with the settings of the run.json beside them.
+    """
+    out, init = Path(config.out), config.init
+    if init and out.is_dir() and os.path.exists(init) and os.path.samefile(init, out):
+        raise ConfigError(f"--out and --init are the same folder ({out}): its weights would be overwritten. Choose another "
+                          "--out.")
+    if not (begun(out) or (out / "model.safetensors").is_file()):
+        return
+    try:
+        old = json.loads((out / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{out / 'run.json'} cannot be read ({error}), so it is unknown which settings the weights in {out} "
+                          f"belong to. Choose another --out, or remove {out} to start this stage again.") from error
+    new = {**dataclasses.asdict(config), "stage": stage}
+    differ = [f"{name} was {old[name]!r}, is {value!r}" for name, value in new.items()
+              if name not in FREE and name in old and old[name] != value]
+    if differ:
+        raise ConfigError(f"{out} holds a run with other settings: {'; '.join(differ)}. Give the old ones to go on with it, "
+                          f"choose another --out, or remove {out} to start this stage again.")
 
 
 def save(out, model, optimizer, state, tokenizer=None):
@@ -27,22 +83,20 @@ def save(out, model, optimizer, state, tokenizer=None):
 
 
 def resume(out, model, optimizer):
-    """Load out/last/ into model and optimizer -> the state dict of `save`, or None when there is nothing to resume.
-
-    A kill between the two renames of `save` leaves `last.old` alone: then that one is read.
-    """
-    for folder in (Path(out) / "last", Path(out) / "last.old"):
-        if (folder / "train_state.pt").is_file():
-            break
-    else:
+    """Load the newest checkpoint into model and optimizer -> the state dict of `save`, or None: nothing to resume."""
+    folder = begun(out)
+    if folder is None:
         return None
     try:
         state = torch.load(folder / "train_state.pt", weights_only=True)
     except Exception as error:
-        raise SystemExit(f"{folder}/train_state.pt cannot be read ({error}). Remove {out} to start this stage again.") \
-            from error
-    saved = type(model).from_pretrained(folder)
-    model.load_state_dict(saved.state_dict())
+        reason = str(error).split("\n")[0][:200]                     # torch.load raises many kinds, some with a long advice
+        raise ConfigError(f"{folder}/train_state.pt cannot be read ({type(error).__name__}: {reason}). Remove {folder} to "
+                          "start this stage again.") from error
+    try:
+        model.load_state_dict(type(model).from_pretrained(folder).state_dict())
+    except (ValueError, OSError, RuntimeError) as error:             # RuntimeError: other names or shapes
+        raise ConfigError(f"{error}. The checkpoint cannot be used: remove {folder} to start this stage again.") from error
     optimizer.load_state_dict(state.pop("optimizer"))
     torch.set_rng_state(state.pop("torch_rng"))
     return state

@@ -302,7 +302,10 @@ def read_folder(folder):
     if not os.path.isfile(config_path):
         raise FileNotFoundError(f"{config_path}: missing; a CLIP folder holds config.json and model.safetensors")
     with open(config_path, encoding="utf-8") as f:
-        config = json.load(f)
+        try:
+            config = json.load(f)
+        except ValueError as error:
+            raise ValueError(f"{config_path}: not valid JSON ({error})") from error
     if config.get("model_type", "clip") != "clip":
         raise ValueError(f"{config_path}: model_type {config['model_type']!r}, expected 'clip'")
     index = os.path.join(folder, "model.safetensors.index.json")
@@ -313,8 +316,12 @@ def read_folder(folder):
         names = ["model.safetensors"]
     files = [os.path.join(folder, name) for name in names]
     if all(os.path.isfile(f) for f in files):
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
-        return config, {k: v for f in files for k, v in load_file(f).items()}
+        try:
+            return config, {k: v for f in files for k, v in load_file(f).items()}
+        except SafetensorError as error:
+            raise ValueError(f"{', '.join(files)}: damaged or cut off ({error}); fetch or train it again") from error
     old = os.path.join(folder, "pytorch_model.bin")
     if os.path.isfile(old):
         return config, torch.load(old, map_location="cpu", weights_only=True)

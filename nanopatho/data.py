@@ -141,10 +141,17 @@ def check_images(records, limit=20):
 
 
 def check_pools(data):
-    """Check the question pools that the evaluation after a stage reads: a fault there must not wait for the end."""
-    for pool in ("test", "val", "test_combo", "test_stain"):
-        if pool in ("test", "val") or os.path.isfile(f"{data}/{pool}.jsonl"):       # the shifted pools are optional
-            check_images(read_records(f"{data}/{pool}.jsonl", use="question"))
+    """Check the question pools that the evaluation after a stage reads: a fault there must not wait for the end.
+
+    All are optional (own data may have none) -> names of those that are there; what that leaves out is printed.
+    """
+    found = [pool for pool in ("test", "val", "test_combo", "test_stain") if os.path.isfile(f"{data}/{pool}.jsonl")]
+    for pool in found:
+        check_images(read_records(f"{data}/{pool}.jsonl", use="question"))
+    for pool, use in (("test", "accuracy after training"), ("val", "sample answers to look at")):
+        if pool not in found:
+            print(f"{data}/{pool}.jsonl is not there: no {use}")
+    return found
 
 
 class Images:

@@ -19,11 +19,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from . import rewards
+from . import checkpoint, rewards
 from .chat import IMAGE, PROMPTS, ChatTokenizer
-from .data import LETTERS, Images, image_paths, question_text, read_records, vlm_batch
+from .data import LETTERS, DataError, Images, check_images, image_paths, question_text, read_records, vlm_batch
 from .generate import generate
 from .grpo import group_advantages
+from .log import run_main
 from .vlm import PathoVLM
 
 
@@ -73,7 +74,27 @@ def answers(model, tokenizer, records, *, k=1, temperature=0.0, max_new_tokens=9
 def read_lexicon(data):
     """The phrases by which findings are named, written by data_prep; {} for a data folder without one."""
     path = Path(data) / "lexicon.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    try:
+        lexicon = json.loads(path.read_text(encoding="utf-8"))
+        phrases = [p for attributes in lexicon.values() for values in attributes.values() for p in values.values()]
+    except (ValueError, AttributeError) as error:                    # not JSON; a list or a text where an object belongs
+        raise DataError(f'{path}: must be {{subfield: {{attribute: {{value: [phrases]}}}}}} ({error}); mend it, or remove '
+                        'it to go without claims') from error
+    wrong = [p for p in phrases if not (isinstance(p, list) and p and all(isinstance(x, str) and x for x in p))]
+    if wrong:
+        raise DataError(f"{path}: {str(wrong[0])[:80]!r} stands where a list of phrases belongs")
+    return lexicon
+
+
+def check_facts(records, lexicon):
+    """Facts must know every attribute that the lexicon of their subfield names, else a claim about it cannot be judged."""
+    for r in records:
+        missing = set(lexicon.get(r.get("subfield"), ())) - set(r.get("facts") or lexicon.get(r.get("subfield"), ()))
+        if missing:
+            raise DataError(f"{r['_where']}: field 'facts' lacks {', '.join(sorted(missing))}, which lexicon.json names for "
+                            f"subfield {r['subfield']}; add the value, or leave 'facts' out of the record")
 
 
 def judge(text, record, lexicon, bare=False):
@@ -122,7 +143,7 @@ def table(records, texts, lexicon, bare=False):
     for name in ("level", "subfield", "topic"):
         groups = collections.defaultdict(list)
         for r, a in zip(records, accuracy):
-            groups[r.get(name, "?")].append(a)
+            groups[r.get(name) or "?"].append(a)
         out[f"by_{name}"] = {key: dict(zip(("accuracy", "ci"), interval(v)), n=len(v)) for key, v in sorted(groups.items())}
     return out, accuracy, judged
 
@@ -167,14 +188,17 @@ def caption_claims(model, tokenizer, data, items, images=None):
     if not path.is_file() or not lexicon:
         return {}
     records, images, texts = read_records(path)[:items], images or Images(), []
+    records = [r for r in records if r.get("image") and r.get("facts") and r.get("subfield") in lexicon]
+    if not records:                                                  # n in the results tells how many could be judged
+        return {}
     device, was_training = next(model.parameters()).device, model.training
     model.eval()
     for at in range(0, len(records), 64):
-        rows = [(r, [{"role": "user", "content": "<image>"}], "text") for r in records[at:at + 64]]
+        rows = [(r, [{"role": "user", "content": IMAGE * len(image_paths(r))}], "text") for r in records[at:at + 64]]
         batch = vlm_batch(rows, tokenizer, model.config, images=images)
         batch.pop("labels")
         batch["input_ids"], batch["attention_mask"] = batch["input_ids"][:, :-1], batch["attention_mask"][:, :-1]
-        batch = {name: v.to(device) for name, v in batch.items()}     # all prompts are one image: equal length, no padding
+        batch = {name: v.to(device) for name, v in batch.items()}
         made = generate(model, **batch, max_new_tokens=64, temperature=0.0, eos_token_ids=tokenizer.eos_ids,
                         pad_token_id=tokenizer.pad_id, banned_token_ids=tokenizer.banned_ids)
         texts += [tokenizer.decode(ids[mask]) for ids, mask in zip(made.ids.cpu(), made.mask.cpu())]
@@ -250,7 +274,7 @@ def show_samples(model, tokenizer, data, out, *, questions=6, k=8, max_new_token
     records, lexicon, images = read_records(f"{data}/val.jsonl", use="question"), read_lexicon(data), images or Images()
     levels = collections.defaultdict(list)
     for r in records:
-        levels[r.get("level", "medium")].append(r)
+        levels[r.get("level") or "medium"].append(r)
     chosen = [r for group in zip(*[v[:math.ceil(questions / len(levels))] for _, v in sorted(levels.items())]) for r in group]
     texts = answers(model, tokenizer, chosen, k=k, temperature=1.0, max_new_tokens=max_new_tokens, prompt=prompt,
                     images=images, title="samples")
@@ -288,11 +312,17 @@ def main(argv=None):
     parser.add_argument("--max_new_tokens", type=int, default=96)
     parser.add_argument("--prompt", default="cot", choices=sorted(PROMPTS))
     c = parser.parse_args(argv)
-    model = PathoVLM.from_pretrained(c.model, dtype=torch.float32)
-    results, _ = evaluate(model, ChatTokenizer.load(c.model), c.data, pool=c.pool, items=c.items, samples=c.samples,
+    for name, least in (("items", 0), ("samples", 0), ("max_new_tokens", 1)):
+        if getattr(c, name) < least:
+            parser.error(f"--{name} {getattr(c, name)}: must be {least} or more")
+    records = read_records(f"{c.data}/{c.pool}.jsonl", use="question")
+    check_images(records), check_facts(records, read_lexicon(c.data))
+    with checkpoint.reading(c.model):
+        model, tokenizer = PathoVLM.from_pretrained(c.model, dtype=torch.float32), ChatTokenizer.load(c.model)
+    results, _ = evaluate(model, tokenizer, c.data, pool=c.pool, items=c.items, samples=c.samples,
                           max_new_tokens=c.max_new_tokens, prompt=c.prompt)
     print(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

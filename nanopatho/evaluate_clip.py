@@ -211,21 +211,26 @@ def text_of(record, lexicon):
     phrases = lexicon.get(record.get("subfield"), {})
     said = [values[record["facts"][a]][0] for a, values in phrases.items() if record.get("facts", {}).get(a) in values]
     if not said:
+        from .data import DataError
         where = record.get("_where", record.get("id"))
-        raise ValueError(f"{where}: no field 'caption', and no 'facts' that lexicon.json has words for; retrieval "
+        raise DataError(f"{where}: no field 'caption', and no 'facts' that lexicon.json has words for; retrieval "
                          "needs a text for each picture: add a caption")
     return ", ".join(said)
 
 
 def read_prompts(path):
     """CONCH's layout {"0": {"classnames": {class: [synonyms]}, "templates": ["… CLASSNAME …"]}} -> the inner dict."""
-    prompts = json.loads(Path(path).read_text(encoding="utf-8"))
-    prompts = prompts.get("0", prompts)
-    if not (isinstance(prompts.get("classnames"), dict) and prompts.get("templates")
-            and all("CLASSNAME" in t for t in prompts["templates"]) and all(prompts["classnames"].values())):
-        form = '{"0": {"classnames": {class: [synonyms]}, "templates": ["… CLASSNAME …"]}}'
-        raise ValueError(f"{path}: must be {form}, no list of synonyms empty")
-    return prompts
+    from .data import DataError
+    form = '{"0": {"classnames": {class: [synonyms]}, "templates": ["… CLASSNAME …"]}}, no list empty'
+    try:
+        prompts = json.loads(Path(path).read_text(encoding="utf-8"))
+        prompts = prompts.get("0", prompts)
+        if (prompts["templates"] and all("CLASSNAME" in t for t in prompts["templates"]) and prompts["classnames"]
+                and all(isinstance(s, list) and s for s in prompts["classnames"].values())):
+            return prompts
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path}: must be {form} ({type(error).__name__}: {error})") from error
+    raise DataError(f"{path}: must be {form}")
 
 
 def class_features(model, tokenizer, prompts):
@@ -310,7 +315,8 @@ def real_tissue_probe(model, folder, strengths=(0.01, 0.1, 1.0)):
     files = sorted(f for f in folder.glob("*/*") if f.suffix.lower() in (".jpg", ".jpeg", ".png", ".tif"))
     classes = sorted({f.parent.name for f in files})
     if len(classes) < 2:
-        raise ValueError(f"{folder}: {len(files)} images in classes {classes}; needs two or more classes, as "
+        from .data import DataError
+        raise DataError(f"{folder}: {len(files)} images in classes {classes}; needs two or more classes, as "
                          "FOLDER/CLASS/REGION_….jpg")
     y = torch.tensor([classes.index(f.parent.name) for f in files])
     regions = np.array([f.name.split("_")[0] for f in files])
@@ -339,9 +345,10 @@ def real_tissue_probe(model, folder, strengths=(0.01, 0.1, 1.0)):
 
 
 def main():
-    from tokenizers import Tokenizer
-
+    from . import checkpoint
+    from .chat import read_tokenizer
     from .clip import CLIP
+    from .data import check_images, read_records
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder with config.json, weights and tokenizer.json")
     parser.add_argument("--data", help="data folder: zero-shot and retrieval on its pool")
@@ -351,9 +358,12 @@ def main():
     a = parser.parse_args()
     if not (a.data or a.tiles):
         parser.error("nothing to evaluate: give --data, --tiles, or both")
-    model, out = CLIP.from_pretrained(a.model, device="cuda" if torch.cuda.is_available() else "cpu"), {}
     if a.data:
-        tokenizer = Tokenizer.from_file(str(Path(a.model) / "tokenizer.json"))
+        check_images(read_records(f"{a.data}/{a.pool}.jsonl")[:a.items or None])
+    with checkpoint.reading(a.model):
+        model, out = CLIP.from_pretrained(a.model, device="cuda" if torch.cuda.is_available() else "cpu"), {}
+        tokenizer = read_tokenizer(Path(a.model) / "tokenizer.json") if a.data else None
+    if a.data:
         out.update(evaluate_pool(model, tokenizer, a.data, pool=a.pool, items=a.items))
     if a.tiles:
         out["real_tissue"] = real_tissue_probe(model, a.tiles)
@@ -361,4 +371,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    from .log import run_main
+    run_main(main)

@@ -47,8 +47,8 @@ def open_image(path: str | Path, max_pixels: int = 80_000_000) -> Image.Image:
     """Read a file fully and return it as upright RGB; every obstacle is an ImageError naming the file.
 
     Phone pictures are turned as their EXIF orientation says, CMYK is converted. Refused: missing, empty, damaged or
-    cut-off files, more than 8 bits a channel, several frames or pages, more than max_pixels pixels (checked before
-    anything is decoded).
+    cut-off files, more than 8 bits a channel, several frames or pages, more than max_pixels pixels, stripes longer than
+    200 times their width (the last three checked before anything is decoded).
     """
     try:
         with Image.open(path) as image:
@@ -59,6 +59,8 @@ def open_image(path: str | Path, max_pixels: int = 80_000_000) -> Image.Image:
             if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # MPO: a phone's JPEG with a preview behind
                 raise ImageError(f"{path}: {image.format} with {image.n_frames} frames; save the one that is meant as "
                                  "its own file")
+            if max(width, height) > 200 * min(width, height):        # Qwen's limit; told here, where the file is known
+                raise ImageError(f"{path}: {width} x {height}, one side is over 200 times the other; cut out a part")
             image.load()
             return to_rgb(ImageOps.exif_transpose(image), str(path))
     except ImageError:

@@ -7,11 +7,37 @@ Works alone with tqdm; no web logger, nothing leaves the machine.
 """
 import dataclasses
 import json
+import math
 import os
+import sys
 import time
 from pathlib import Path
 
 from tqdm import tqdm
+
+
+class ConfigError(ValueError):
+    """Settings or files of a run that cannot be used as they are; the message names them and the fix."""
+
+
+def run_main(main):
+    """Run a program: what its user can mend ends as one message on stderr (exit code 1), a bug keeps its traceback."""
+    from .data import DataError
+    from .image import ImageError
+    try:
+        return main()
+    except (ConfigError, DataError, ImageError) as error:
+        sys.exit(f"error: {error}")
+
+
+def check_finite(step, records, **numbers):
+    """Call before the update: a loss or gradient that is not finite would ruin the weights and all later checkpoints."""
+    if not all(map(math.isfinite, numbers.values())):
+        ids = [r["id"] for r in records]
+        more = f" and {len(ids) - 20} more" if len(ids) > 20 else ""
+        raise ConfigError(f"step {step + 1}: {', '.join(f'{k} is {v}' for k, v in numbers.items())}; nothing was updated. "
+                          f"Records of this step: {', '.join(ids[:20])}{more}. Look at them, or start again in another "
+                          "--out with a lower --lr.")
 
 
 def write_json(path, data):

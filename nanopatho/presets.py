@@ -115,11 +115,15 @@ def _bool(text):
     raise argparse.ArgumentTypeError(f"'{text}' is neither on nor off")
 
 
+PUBLISHED = ("3b", "7b", "clip-b16", "clip-l14")          # sizes that start from published weights and their tokenizer
+
+
 def parse(Config, stage, argv=None):
     """Command line -> Config instance. Every dataclass field is an option `--name value`, its metadata["help"] the help.
 
     >>> # python train_sft.py --preset tiny --lr 5e-4     dataclass default < TRAIN["tiny"]["sft"] < --lr
-    Unknown presets and fields end the program with the list of known ones (exit code 2), before anything is read.
+    Unknown presets and fields end the program with the list of known ones (exit code 2), before anything is read; so do
+    values out of range: a number below metadata["least"] (0 if not given), a name not among metadata["parts"].
     """
     argv = sys.argv[1:] if argv is None else argv
     known = list(CLIP if stage == "clip" else VLM)
@@ -139,4 +143,14 @@ def parse(Config, stage, argv=None):
     fields_of_preset = TRAIN[preset].get(stage, {})
     unknown = set(fields_of_preset) - {f.name for f in fields}
     assert not unknown, f"presets.TRAIN['{preset}']['{stage}'] names fields the script does not have: {sorted(unknown)}"
+    for f in fields:
+        value = given.get(f.name, f.default)
+        least, parts = f.metadata.get("least", 0), f.metadata.get("parts")
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and not least <= value < float("inf"):
+            parser.error(f"--{f.name} {value}: must be {least} or more")
+        if parts and not set(str(value).split(",")) <= set(parts):
+            parser.error(f"--{f.name} {value}: choose from {', '.join(parts)}, joined by commas")
+    if preset in PUBLISHED and "init" in {f.name for f in fields} and not given.get("init"):
+        parser.error(f"--preset {preset} needs --init FOLDER: published sizes start from published weights (config.json, "
+                     "model.safetensors, tokenizer.json), not from random ones")
     return Config(**{**fields_of_preset, **given})

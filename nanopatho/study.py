@@ -2,7 +2,7 @@
 
     python -m nanopatho.study demo  --preset tiny --out runs/demo       # what `make demo` calls
     python -m nanopatho.study study --preset tiny --out runs/study      # what `make study` calls; resumable
-    python -m nanopatho.study table                                     # docs/study.json -> README.md, docs/study.svg
+    python -m nanopatho.study table                                     # docs/{study,demo}.json -> README.md, docs/study.svg
 
 Nothing is trained here: each task is one of the four scripts as a user would start it, printed before it runs. A task whose
 results.json exists is not run again; a task that was killed resumes from its last checkpoint.
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from . import report
+from . import report, study_figure
 from .data import read_records
 from .evaluate import blind, paired_gain
 from .log import write_json
@@ -118,8 +118,8 @@ def demo(c):
             "preset": c.preset, "seed": c.seed, "machine": machine(), "seconds": round(sum(spent.values()), 1),
             "peak_memory_gb": max(round(peak, 2), spent_peak(out)), "stages": stages,
             "blind": blind(read_records(data / "rl.jsonl", use="question"), test), "data": str(data)})
-        page = report.write(out)
-        print(f"the page so far: {page}  ({sum(spent.values()):.0f} s)", flush=True)
+        if stages:
+            print(f"the page so far: {report.write(out)}  ({sum(spent.values()):.0f} s)", flush=True)
 
     began = time.time()
     make_data(c.preset, data)
@@ -193,6 +193,25 @@ def data_of(out, seeds):
     return json.loads((Path(out) / f"seed{seeds[0]}" / "sft" / "run.json").read_text())["data"]
 
 
+def readme_table(path, run="runs/demo", readme=ROOT / "README.md"):
+    """Write the tables between the README's markers, and the figure beside `path`; both are made from committed numbers.
+
+    path: docs/study.json; demo.json stands beside it. Is there a finished demo in folder `run`, its numbers (without the
+    long lists) replace demo.json first. What is missing is named in the README as not measured yet.
+    """
+    study, demo, fresh = Path(path), Path(path).with_name("demo.json"), Path(run) / "results.json"
+    found = json.loads(fresh.read_text()) if fresh.is_file() else {}
+    if set(found.get("stages", ())) == {"clip", "pretrain", "sft", "grpo", "dapo"}:
+        write_json(demo, study_figure.trim(found))
+        print(f"{fresh} -> {demo}")
+    study, demo = (json.loads(p.read_text()) if p.is_file() else None for p in (study, demo))
+    text = study_figure.fill(Path(readme).read_text(encoding="utf-8"), study_figure.tables(study, demo))
+    if study:
+        Path(path).with_name("study.svg").write_text(study_figure.draw(study), encoding="utf-8")
+    Path(readme).write_text(text, encoding="utf-8")
+    print(f"{readme}: study {'written' if study else 'not measured yet'}, demo {'written' if demo else 'not measured yet'}")
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("demo", "study", "table"))
@@ -203,9 +222,9 @@ def main(argv=None):
     parser.add_argument("--seeds", type=int, default=3, help="study: how many seeds")
     parser.add_argument("--jobs", type=int, default=2, help="study: stages run side by side")
     parser.add_argument("--threads", type=int, default=1, help="study: CPU threads of each")
-    parser.add_argument("--json", default="docs/study.json", help="study: where the numbers go")
+    parser.add_argument("--json", default="docs/study.json", help="study: where the numbers go; table: where they are")
     c = parser.parse_args(argv)
-    {"demo": demo, "study": study, "table": lambda c: readme_table(c.json)}[c.what](c)
+    {"demo": demo, "study": study, "table": lambda c: readme_table(c.json, c.out)}[c.what](c)
 
 
 if __name__ == "__main__":

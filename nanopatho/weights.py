@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
@@ -49,7 +49,10 @@ def listing(folder: Path) -> str:
 
 def read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(data, dict):
+            raise ValueError(f"{path}: holds a {type(data).__name__}, a JSON object is needed")
+        return data
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path}: missing; {listing(path.parent)}") from error
     except json.JSONDecodeError as error:
@@ -68,8 +71,11 @@ def tensor_files(folder: Path) -> dict[Path, list[str]]:
         raise FileNotFoundError(f"{folder}: missing {', '.join(absent)}; {listing(folder)}")
     held = {}
     for name in files:
-        with safe_open(folder / name, "pt") as file:
-            held[folder / name] = list(file.keys())
+        try:
+            with safe_open(folder / name, "pt") as file:
+                held[folder / name] = list(file.keys())
+        except SafetensorError as error:
+            raise ValueError(f"{folder / name}: damaged or cut off ({error}); fetch or train it again") from error
     if listed is not None:
         really = {(tensor, path.name) for path, tensors in held.items() for tensor in tensors}
         wrong = sorted(really ^ set(listed.items()))
@@ -86,7 +92,10 @@ def load_vlm(cls, folder, dtype: torch.dtype | None, device):
     the configuration does not say "tied", the files decide.
     """
     folder = find_folder(folder)
-    config = parse_config(read_json(folder / CONFIG))
+    try:
+        config = parse_config(read_json(folder / CONFIG))
+    except ValueError as error:
+        raise ValueError(str(error) if str(folder) in str(error) else f"{folder / CONFIG}: {error}") from error
     held = tensor_files(folder)
     names = [published_name(name) for tensors in held.values() for name in tensors]
     if config["tie_word_embeddings"] is None:

@@ -177,13 +177,18 @@ def test_images_are_kept_up_to_a_limit(tmp_path):
     assert stacked.shape == (2, 56, 56, 3) and np.array_equal(stacked[1], two)
 
 
-def test_pools_are_checked_before_training(tmp_path):
+def test_pools_are_checked_before_training(tmp_path, capsys):
     Image.fromarray(picture()).save(tmp_path / "a.png")
-    for name in ("test", "val"):
-        with pytest.raises(DataError, match=f"{name}.jsonl: no such file"):
-            check_pools(tmp_path)
+    found = []
+    for name, lost in (("test", "no accuracy"), ("val", "no sample answers")):       # own data may lack them: told, not refused
+        assert check_pools(tmp_path) == found and f"{name}.jsonl is not there: {lost}" in capsys.readouterr().out
         write(tmp_path, {**GOOD, "image": "a.png"}, name=f"{name}.jsonl")
-    check_pools(tmp_path)                                              # the shifted pools need not be there
+        found.append(name)
+    assert check_pools(tmp_path) == found and not capsys.readouterr().out            # the shifted pools need not be there
+    write(tmp_path, {k: v for k, v in GOOD.items() if k != "answer"}, name="val.jsonl")
+    with pytest.raises(DataError, match="val.jsonl:1 id=r1: field 'answer' is missing"):
+        check_pools(tmp_path)
+    write(tmp_path, {**GOOD, "image": "a.png"}, name="val.jsonl")
     write(tmp_path, {**GOOD, "image": "b.png"}, name="test_stain.jsonl")
     with pytest.raises(DataError, match="test_stain.jsonl:1 id=r1: field 'image'.*b.png"):
         check_pools(tmp_path)

@@ -198,13 +198,15 @@ def test_nothing_to_resume(tmp_path):
     assert checkpoint.resume(tmp_path / "nowhere", *fresh()) is None
     (tmp_path / "last.tmp").mkdir()
     (tmp_path / "last.tmp" / "train_state.pt").write_bytes(b"half")
-    (tmp_path / "last").mkdir()                                        # no state in it
-    assert checkpoint.resume(tmp_path, *fresh()) is None
+    assert checkpoint.resume(tmp_path, *fresh()) is None               # a save that was broken off
+    (tmp_path / "last").mkdir()                                        # no state in it: not our doing, so it is told
+    with pytest.raises(ConfigError, match=r"last/train_state.pt is missing.*Remove .*last to start this stage again"):
+        checkpoint.resume(tmp_path, *fresh())
 
 
 def test_a_broken_state_ends_with_a_message(tmp_path):
     checkpoint.save(tmp_path, *fresh(), {"step": 1})
     whole = (tmp_path / "last" / "train_state.pt").read_bytes()
     (tmp_path / "last" / "train_state.pt").write_bytes(whole[:len(whole) // 2])
-    with pytest.raises(SystemExit, match=r"last/train_state.pt cannot be read .*Remove .* to start this stage again"):
+    with pytest.raises(ConfigError, match=r"last/train_state.pt cannot be read .*Remove .* to start this stage again"):
         checkpoint.resume(tmp_path, *fresh())

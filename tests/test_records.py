@@ -42,12 +42,12 @@ def test_the_command_from_end_to_end(tmp_path):
     second = run()
     assert second.returncode == 0 and "already there" in second.stdout
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "d").rglob("*")}
-    with pytest.raises(SystemExit, match="p_hasty: 0.3 there, 0.5 asked for.*--out"):
+    with pytest.raises(SystemExit, match="p_hasty: 0.15 there, 0.5 asked for.*--out"):
         command.main([*call, "--p_hasty", "0.5"])
 
 
 def test_what_is_written(made):
-    names = {f"{pool}.jsonl" for pool in command.POOLS} | {"images", "lexicon.json", "card.json"}
+    names = {f"{pool}.jsonl" for pool in command.POOLS} | {"images", "lexicon.json", "zero_shot.json", "card.json"}
     assert {p.name for p in made.iterdir()} == names
     card = json.loads((made / "card.json").read_text())
     everything = [r for pool in command.POOLS for r in rows(made / f"{pool}.jsonl")]
@@ -84,7 +84,7 @@ def test_a_broken_off_call_goes_on_with_its_complete_pools(made, tmp_path, monke
         command.main(call)
     assert not out.exists()
     monkeypatch.undo()
-    with pytest.raises(SystemExit, match="seed: 0 there, 3 asked for"):
+    with pytest.raises(SystemExit, match="seed: 1 there, 3 asked for"):
         command.main([*call, "--seed", "3"])
     assert command.main(call) == 0
     assert "complete there and kept: captions, sft" in capsys.readouterr().out
@@ -95,7 +95,8 @@ def test_a_broken_off_call_goes_on_with_its_complete_pools(made, tmp_path, monke
 
 @pytest.mark.parametrize("more,told", [
     (["--subfields", "H&E:1,liver:2"], "liver"), (["--subfields", "H&E"], "name:share"),
-    (["--p_missing", "1.5"], "p_missing"), (["--captions", "-1"], "captions"),
+    (["--p_missing", "1.5"], "p_missing"), (["--p_routine", "-0.1"], "p_routine"),
+    (["--captions", "-1"], "captions"), (["--answers", "both"], "text or letter"),
     (["--verbosity", "loud"], "short, long")])
 def test_wrong_fields_are_told_before_anything_is_drawn(tmp_path, more, told):
     with pytest.raises(SystemExit, match=told):

@@ -15,6 +15,7 @@ import train_rl
 import train_sft
 from nanopatho import chat, evaluate, presets
 from nanopatho.data import DataError, read_records
+from nanopatho.log import ConfigError
 from smoke import QUICK, RL, equal, luck, metrics, options, strict, weights
 
 # --- end to end -------------------------------------------------------------------------------------------------------
@@ -141,10 +142,10 @@ def test_missing_data_says_how_to_make_it(script, name, tmp_path):
 
 
 def test_rl_needs_a_start(world, tmp_path):
-    with pytest.raises(SystemExit, match="--init is empty.*SFT run folder"):
+    with pytest.raises(ConfigError, match="--init is empty.*SFT run folder"):
         train_rl.main(options(preset="smoke", data=world, out=tmp_path / "out"))
     for script in (train_sft, train_rl):
-        with pytest.raises((FileNotFoundError, ValueError), match="nowhere"):
+        with pytest.raises(ConfigError, match="nowhere: no such folder"):
             script.main(options(preset="smoke", data=world, out=tmp_path / "out", init=tmp_path / "nowhere"))
     assert not (tmp_path / "out").exists()
 
@@ -209,8 +210,14 @@ def test_frozen_parts_and_bare_style(world, chain, tmp_path):
     samples = tmp_path / "run" / "samples"
     shown = (samples / "trained.txt").read_text()
     assert "<think>" not in shown and chat.PROMPTS["bare"] in shown and not (samples / "questions.json").exists()
-    with pytest.raises(ValueError, match=r"--train names \['head'\]: choose from vision, projector, decoder"):
-        train_sft.main(options(**dict(fields, train="head")))
+
+
+def test_unknown_parts_to_train(capsys):
+    for script in (train_pretrain, train_sft, train_rl):
+        with pytest.raises(SystemExit) as ended:
+            script.main(["--train", "vision,head"])
+        assert ended.value.code == 2
+        assert "--train vision,head: choose from vision, projector, decoder" in capsys.readouterr().err
 
 
 def test_the_trained_text_is_bracketed():

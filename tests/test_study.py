@@ -1,11 +1,12 @@
 """The driver: order and needs of the stages, failures, and the gains of a made-up study by hand."""
 
 import json
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
-from nanopatho import study
+from nanopatho import study, study_figure
 from nanopatho.study import finished, run_all, summary, tasks
 
 MAIN = ["clip", "pretrain", "sft", "grpo", "dapo"]
@@ -174,3 +175,79 @@ def test_command_line_knows_its_words(capsys):
     with pytest.raises(SystemExit) as ended:
         study.main(["--help"])
     assert ended.value.code == 0 and "--seeds" in capsys.readouterr().out
+
+
+# --- what the README shows of it --------------------------------------------------------------------------------------
+
+
+def filled(text, marker):
+    return text.split(f"<!-- {marker} -->\n")[1].split(f"\n<!-- /{marker} -->")[0]
+
+
+@pytest.fixture
+def readme(tmp_path):
+    path = tmp_path / "README.md"
+    path.write_text("a\n<!-- demo table -->\n<!-- /demo table -->\nb\n<!-- study table -->old<!-- /study table -->\nc\n")
+    return path
+
+
+def test_tables_and_figure_by_hand(runs):
+    found = summary(runs, (0, 1), "tiny")
+    for row, seconds in zip(found["arms"]["dapo"], (10, 30)):
+        row |= {"sampled_accuracy": 0.5 + seconds / 1000, "sampled_accuracy_ci": [seconds / 100, 0.75], "mean_length": 16.4,
+                "seconds": seconds}
+    text = study_figure.tables(found, None)["study table"]
+    lines = {line.split(" | ")[0].removeprefix("| "): line.strip("| ").split(" | ") for line in text.splitlines()}
+    assert lines["Patho-CLIP"][2:] == ["90.0 (80–100) · –", "–", "–", "–", "–", "–", "10"]
+    assert lines["DAPO, from SFT"][2:] == ["–", "87.5 (0–100)", "52.0 (20–75)", "50.0", "6.2 · –", "16.4", "20"]
+    assert lines["dapo over sft, greedy"][2:] == ["+75.0, +25.0", "4"]
+    assert lines["dapo over sft, greedy"][1].startswith("+50.0 (") and " to +" in lines["dapo over sft, greedy"][1]
+    assert [title for title, _ in study_figure.ARMS.values() if title not in lines] == []
+    del found["arms"]["dapo"][1]["sampled_accuracy"]                   # one seed lacks it: no mean that hides the gap
+    assert "| 87.5 (0–100) | – | 50.0 |" in study_figure.tables(found, None)["study table"]
+
+    drawn = ElementTree.fromstring(study_figure.draw(found))           # well-formed, and complete
+    texts = [e.text for e in drawn.iter("{http://www.w3.org/2000/svg}text")]
+    assert {"SFT", "GRPO, from SFT", "DAPO, no pretraining", "87.5", "seconds", "chance"} <= set(texts)
+    assert "Patho-CLIP" not in texts and not any("nan" in (v or "").lower() for e in drawn.iter() for v in e.attrib.values())
+    said = [e.text for e in drawn.iter("{http://www.w3.org/2000/svg}title")]
+    assert "DAPO, from SFT, greedy: 87.5 % [0–100]" in said and not any("sampled" in t for t in said if "DAPO, from" in t)
+
+
+def test_readme_table_fills_what_is_measured(runs, readme, tmp_path):
+    docs, demo = tmp_path / "docs", tmp_path / "demo"
+    docs.mkdir(), demo.mkdir()
+    study.readme_table(docs / "study.json", demo, readme)
+    text = readme.read_text()
+    assert "make study" in filled(text, "study table") and "make demo" in filled(text, "demo table")
+    assert text.startswith("a\n") and text.endswith("\nc\n") and "old" not in text and not list(docs.iterdir())
+
+    (docs / "study.json").write_text(json.dumps(summary(runs, (0, 1), "tiny")))
+    stages = {n: {"wall_seconds": 30.2, "seconds": 20, "greedy_accuracy": 0.5, "greedy_accuracy_ci": [0.4, 0.6],
+                  "by_level": {"hard": 1}, "pools": {"test_combo": {"greedy_accuracy": 0.25, "by_topic": {}},
+                                                     "test_stain": {"greedy_accuracy": 0.125}}} for n in MAIN[:4]}
+    whole = {"preset": "tiny", "machine": "two cores", "seconds": 125, "peak_memory_gb": 1.84, "stages": stages,
+             "blind": {"text_only": 0.26}}
+    (demo / "results.json").write_text(json.dumps(whole))
+    study.readme_table(docs / "study.json", demo, readme)
+    assert not (docs / "demo.json").exists()                           # a demo that is not finished is not shown
+    stages["dapo"] = stages["grpo"]
+    (demo / "results.json").write_text(json.dumps(whole))
+    study.readme_table(docs / "study.json", demo, readme)
+    table = filled(readme.read_text(), "demo table")
+    assert "| GRPO, from SFT | which of eight own answers are better | – | 50.0 (40–60) | – | – | 25.0 · 12.5 | – | 30 |" in table
+    assert "2 min 5 s and 1.8 GB" in table and "text only 26.0" in table and "two cores" in table
+    kept = json.loads((docs / "demo.json").read_text())
+    assert "by_" not in json.dumps(kept) and kept["stages"]["dapo"]["pools"]["test_stain"] == {"greedy_accuracy": 0.125}
+    assert (docs / "study.svg").read_text() == study_figure.draw(json.loads((docs / "study.json").read_text()))
+    before = readme.read_text()
+    study.readme_table(docs / "study.json", tmp_path / "none", readme)   # from committed numbers alone: the same
+    assert readme.read_text() == before and "make study" not in before
+
+
+def test_readme_without_markers_is_left_alone(readme, tmp_path):
+    readme.write_text(readme.read_text().replace("<!-- /study table -->", ""))
+    before = readme.read_text()
+    with pytest.raises(ValueError, match="<!-- study table --> once, and <!-- /study table --> once below it"):
+        study.readme_table(tmp_path / "study.json", tmp_path, readme)
+    assert readme.read_text() == before
