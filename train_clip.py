@@ -133,8 +133,11 @@ def main(argv=None):
         model = CLIP.from_pretrained(c.init) if c.init else CLIP(presets.CLIP[c.preset])
     if begun or c.init:                                              # a .pt carries no vocabulary: it lies beside
         where = Path(c.out if begun else c.init)
-        with checkpoint.reading(where):
+        with checkpoint.reading(where, "--out" if begun else "--init"):
             tokenizer = read_tokenizer((where if where.is_dir() else where.parent) / "tokenizer.json")
+            if tokenizer.get_vocab_size() > model.config["text_config"]["vocab_size"]:
+                raise ValueError(f"{where}: tokenizer.json knows {tokenizer.get_vocab_size()} tokens, the weights "
+                                 f"{model.config['text_config']['vocab_size']}: they belong to different models")
     else:
         tokenizer = clip_tokenizer([t for r in records for t in (r["caption"], r.get("morphology")) if t],
                                    model.config["text_config"]["vocab_size"])

@@ -211,6 +211,11 @@ def settings_of(args):
     for name in ("mcq", "description", "reasoning", "conversation", "p_missing", "p_hasty", "p_routine"):
         if not 0 <= settings[name] <= 1:
             raise SystemExit(f"--{name} {settings[name]}: must lie in 0 … 1")
+    if not any(settings[task] for task in ("mcq", "description", "reasoning", "conversation")):
+        raise SystemExit("--mcq, --description, --reasoning and --conversation are all 0: no SFT record can be drawn")
+    if settings["size"] * settings["um_per_px"] < 60 or settings["um_per_px"] <= 0:
+        raise SystemExit(f"--size {settings['size']} at --um_per_px {settings['um_per_px']}: an image must show 60 um or "
+                         "more, or the findings have no room")
     if settings["answers"] not in ("text", "letter"):
         raise SystemExit(f"--answers {settings['answers']!r}: choose text or letter")
     if settings["verbosity"] not in writer.BANDS:
@@ -260,7 +265,10 @@ def main(argv=None):
         print(f"{args.out}: {card['pools']}")
     else:
         from data_prep import render
-        render.sheet(args.out)
+        try:
+            render.sheet(args.out)
+        except (OSError, ValueError) as error:               # ValueError: an ending that names no image format
+            raise SystemExit(f"cannot write {args.out}: {error}; choose another place, ending in .png") from error
     return 0
 
 

@@ -47,7 +47,11 @@ def validate(path):
     path, problems, seen, groups = Path(path), [], {}, 0
     if not path.is_file():
         return [f"{path}: no such file; give the path of a .jsonl file"]
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        return [f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save the file as UTF-8"]
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         groups += 1

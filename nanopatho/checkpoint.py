@@ -18,7 +18,7 @@ FREE = ("out", "threads", "save_every", "micro_batch", "eval_items", "eval_sampl
 
 
 @contextlib.contextmanager
-def reading(folder):
+def reading(folder, option="--init"):
     """What cannot be read inside (weights, config.json, tokenizer.json of `folder`) becomes a ConfigError naming it."""
     try:
         yield
@@ -26,7 +26,7 @@ def reading(folder):
         text = str(error) if str(folder) in str(error) else f"{folder}: {error}"
         if (Path(folder) / "last").is_dir():
             text += f". The run there has not finished: start it again to finish it, or give {Path(folder) / 'last'}."
-        raise ConfigError(text) from error
+        raise ConfigError(f"{option}: {text}") from error
 
 
 def begun(out):

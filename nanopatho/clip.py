@@ -306,6 +306,8 @@ def read_folder(folder):
             config = json.load(f)
         except ValueError as error:
             raise ValueError(f"{config_path}: not valid JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{config_path}: holds a {type(config).__name__}, a JSON object is needed")
     if config.get("model_type", "clip") != "clip":
         raise ValueError(f"{config_path}: model_type {config['model_type']!r}, expected 'clip'")
     index = os.path.join(folder, "model.safetensors.index.json")

@@ -317,7 +317,7 @@ def main(argv=None):
             parser.error(f"--{name} {getattr(c, name)}: must be {least} or more")
     records = read_records(f"{c.data}/{c.pool}.jsonl", use="question")
     check_images(records), check_facts(records, read_lexicon(c.data))
-    with checkpoint.reading(c.model):
+    with checkpoint.reading(c.model, "--model"):
         model, tokenizer = PathoVLM.from_pretrained(c.model, dtype=torch.float32), ChatTokenizer.load(c.model)
     results, _ = evaluate(model, tokenizer, c.data, pool=c.pool, items=c.items, samples=c.samples,
                           max_new_tokens=c.max_new_tokens, prompt=c.prompt)

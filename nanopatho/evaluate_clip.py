@@ -360,7 +360,7 @@ def main():
         parser.error("nothing to evaluate: give --data, --tiles, or both")
     if a.data:
         check_images(read_records(f"{a.data}/{a.pool}.jsonl")[:a.items or None])
-    with checkpoint.reading(a.model):
+    with checkpoint.reading(a.model, "--model"):
         model, out = CLIP.from_pretrained(a.model, device="cuda" if torch.cuda.is_available() else "cpu"), {}
         tokenizer = read_tokenizer(Path(a.model) / "tokenizer.json") if a.data else None
     if a.data:

@@ -55,7 +55,7 @@ def open_image(path: str | Path, max_pixels: int = 80_000_000) -> Image.Image:
             width, height = image.size
             if width * height > max_pixels:
                 raise ImageError(f"{path}: {width} x {height} = {width * height:,} pixels, the limit is "
-                                 f"{max_pixels:,}; cut out the region of interest, or raise max_pixels")
+                                 f"{max_pixels:,}; cut out the region of interest, or scale it down")
             if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # MPO: a phone's JPEG with a preview behind
                 raise ImageError(f"{path}: {image.format} with {image.n_frames} frames; save the one that is meant as "
                                  "its own file")
@@ -68,7 +68,7 @@ def open_image(path: str | Path, max_pixels: int = 80_000_000) -> Image.Image:
     except FileNotFoundError as error:
         raise ImageError(f"{path}: no such file") from error
     except Image.DecompressionBombError as error:
-        raise ImageError(f"{path}: too many pixels ({error}); cut out the region of interest") from error
+        raise ImageError(f"{path}: too many pixels ({error}); cut out the region of interest, or scale it down") from error
     except Image.UnidentifiedImageError as error:
         size = Path(path).stat().st_size
         what = f"not an image PIL knows ({size:,} bytes)" if size else "the file is empty"

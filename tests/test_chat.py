@@ -160,8 +160,11 @@ def test_training_is_repeatable_and_saves(tokenizer, tmp_path):
     tokenizer.save(tmp_path)
     read = ChatTokenizer.load(tmp_path)
     assert read.id == tokenizer.id and read.encode("<|im_end|> fat") == tokenizer.encode("<|im_end|> fat")
-    with pytest.raises(FileNotFoundError, match="nowhere.tokenizer.json"):
+    with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
         ChatTokenizer.load(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="empty.tokenizer.json is missing"):
+        ChatTokenizer.load(tmp_path / "empty")
     clip_tokenizer(sentences(20), 600).save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(ValueError, match="im_start.*not a Qwen"):
         ChatTokenizer.load(tmp_path)

@@ -13,6 +13,7 @@ from nanopatho.evaluate import (answers, ask, blind, caption_claims, heatmap, in
                                 read_lexicon, show_samples, table)
 from nanopatho.data import LETTERS, DataError, Images, question_text
 from nanopatho.generate import Generation
+from nanopatho.log import ConfigError
 from nanopatho.vlm import PathoVLM
 
 LEXICON = {"H&E": {"material": {"fat": ["fat"], "mucin": ["mucin pools"], "!mucin": ["no mucin"]},
@@ -361,7 +362,7 @@ def test_command_line(model, tokenizer, data, tmp_path, capsys):
                    "--max_new_tokens", "4"])
     printed = json.loads(capsys.readouterr().out)
     assert printed["n"] == 2 and 0 <= printed["greedy_accuracy"] <= 1 and printed["samples"] == 2
-    with pytest.raises(FileNotFoundError, match="nowhere"):
+    with pytest.raises(ConfigError, match="--model: .*nowhere: no such folder"):
         evaluate.main(["--model", str(tmp_path / "nowhere"), "--data", str(data)])
     with pytest.raises(DataError, match="other.jsonl: no such file"):
         evaluate.main(["--model", str(tmp_path / "weights"), "--data", str(data), "--pool", "other"])

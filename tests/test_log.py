@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nanopatho import checkpoint, chat, log, presets
-from nanopatho.log import Run, write_json
+from nanopatho.log import ConfigError, Run, write_json
 from nanopatho.optim import Optimizers
 from nanopatho.vlm import PathoVLM
 

@@ -95,7 +95,8 @@ def test_every_preset_fits_every_script(monkeypatch):
     assert set(presets.TRAIN) == set(presets.VLM) | set(presets.CLIP)
     for stage, script in SCRIPTS.items():
         for preset in presets.CLIP if stage == "clip" else presets.VLM:
-            c = presets.parse(script.Config, stage, ["--preset", preset])
+            start = ["--init", "weights"] if preset in presets.PUBLISHED else []
+            c = presets.parse(script.Config, stage, ["--preset", preset, *start])
             for f in dataclasses.fields(c):
                 value = getattr(c, f.name)
                 assert type(value) is f.type or (f.type, type(value)) == (float, int), (stage, preset, f.name, value)

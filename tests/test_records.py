@@ -96,7 +96,8 @@ def test_a_broken_off_call_goes_on_with_its_complete_pools(made, tmp_path, monke
 @pytest.mark.parametrize("more,told", [
     (["--subfields", "H&E:1,liver:2"], "liver"), (["--subfields", "H&E"], "name:share"),
     (["--p_missing", "1.5"], "p_missing"), (["--p_routine", "-0.1"], "p_routine"),
-    (["--captions", "-1"], "captions"), (["--answers", "both"], "text or letter"),
+    (["--captions", "-1"], "captions"), (["--answers", "both"], "text or letter"), (["--size", "28"], "60 um"),
+    ("--mcq 0 --description 0 --reasoning 0 --conversation 0".split(), "all 0"),
     (["--verbosity", "loud"], "short, long")])
 def test_wrong_fields_are_told_before_anything_is_drawn(tmp_path, more, told):
     with pytest.raises(SystemExit, match=told):

@@ -10,6 +10,7 @@ from PIL import Image
 import train_rl
 from nanopatho import chat, grpo
 from nanopatho.data import Images, read_records
+from nanopatho.log import ConfigError
 from nanopatho.optim import Optimizers
 from nanopatho.vlm import PathoVLM
 from smoke import RL, equal, luck, metrics, options, weights
@@ -205,7 +206,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run(made, monkeypatch):
     model = moved(made[0])
     weights = {n: p.clone() for n, p in model.named_parameters()}
     monkeypatch.setattr(train_rl.grpo, "policy_loss", lambda logp, *rest, **more: (logp.sum() * float("nan"), {}))
-    with pytest.raises(SystemExit, match="not finite; records: .*rl-000000.*Lower --lr"):
+    with pytest.raises(ConfigError, match="grad_norm is nan; nothing was updated. Records .*rl-000000.*lower --lr"):
         gradient(model, None, made)
     assert all(torch.equal(p, weights[n]) for n, p in model.named_parameters())
 
