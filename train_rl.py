@@ -31,7 +31,8 @@ from nanopatho.evaluate import ask, check_facts, evaluate, read_lexicon, show_sa
 from nanopatho.generate import generate
 from nanopatho.log import ConfigError, Run, check_finite, run_main, write_json
 from nanopatho.optim import Optimizers
-from nanopatho.vlm import PathoVLM, repeat_images, trainable
+from nanopatho.packed import answer_logps, training_rows
+from nanopatho.vlm import PathoVLM, trainable
 
 
 def say(default, help, **more):
@@ -252,7 +253,7 @@ def update(model, reference, tokenizer, groups, parameters, optimizer, lr, c, st
     for at in range(0, len(groups), per):
         part = groups[at:at + per]
         row = {k: v.to(device) for k, v in training_rows(part, tokenizer.pad_id, c.group_size).items()}
-        logp = answer_logps(model, row, tokenizer, c)                                       # (R, N)
+        logp = answer_logps(model, row, c.temperature, tokenizer.banned_ids)                                       # (R, N)
         loss, metrics = grpo.policy_loss(logp, row["logps"], row["advantages"], row["mask"], clip_low=c.clip_low,
                                          clip_high=c.clip_high, aggregation=c.aggregation, n_global=n,
                                          max_length=c.max_new_tokens)
@@ -261,7 +262,7 @@ def update(model, reference, tokenizer, groups, parameters, optimizer, lr, c, st
         numbers["sampler_gap"] = (logp.detach() - row["logps"])[row["mask"]].abs().mean().item() * here
         if reference is not None:
             with torch.no_grad():
-                ref = answer_logps(reference, row, tokenizer, c)
+                ref = answer_logps(reference, row, c.temperature, tokenizer.banned_ids)
             kl = grpo.aggregate(grpo.kl_k3(logp, ref, mask=row["mask"]), row["mask"], c.aggregation, n_global=n,
                                 max_length=c.max_new_tokens)
             loss, numbers["kl"] = loss + c.kl * kl, kl.item()
@@ -273,40 +274,6 @@ def update(model, reference, tokenizer, groups, parameters, optimizer, lr, c, st
     check_finite(step, [g["record"] for g in groups], grad_norm=norm.item())
     optimizer.step(lr)
     return {**totals, "grad_norm": norm.item()}
-
-
-def training_rows(groups, pad_id, group_size):
-    """Groups -> right-padded tensors: input_ids, attention_mask (R, T); place (R, N) where each answer token stands in its
-    row; logps, mask (R, N); advantages (R,); pixels and grid once a group, images = how many a group has."""
-    rows = [(g, i) for g in groups for i in range(group_size)]
-    N = max(g["mask"].shape[1] for g in groups)
-    T = max(len(g["prompt"]) + int(g["mask"][i].sum()) for g, i in rows)
-    ids, attend = torch.full((len(rows), T), pad_id), torch.zeros(len(rows), T, dtype=torch.long)
-    place, mask = torch.zeros(len(rows), N, dtype=torch.long), torch.zeros(len(rows), N, dtype=torch.bool)
-    logps = torch.zeros(len(rows), N)
-    for r, (g, i) in enumerate(rows):
-        p, m = len(g["prompt"]), int(g["mask"][i].sum())
-        ids[r, :p], ids[r, p:p + m], attend[r, :p + m] = g["prompt"], g["ids"][i, :m], 1
-        place[r, :m], mask[r, :m], logps[r, :m] = torch.arange(p, p + m), True, g["logps"][i, :m]
-    return dict(input_ids=ids, attention_mask=attend, place=place, mask=mask, logps=logps,
-                advantages=torch.cat([g["advantages"] for g in groups]), pixels=torch.cat([g["pixels"] for g in groups]),
-                grid=torch.cat([g["grid"] for g in groups]), images=torch.tensor([len(g["grid"]) for g in groups]))
-
-
-def answer_logps(model, row, tokenizer, c):
-    """Log-probabilities (R, N) of the answer tokens under `model`, at the sampling temperature, over the same allowed ids.
-
-    The vision tower sees each image once; its tokens are repeated for the answers of its group.
-    """
-    seen = model.visual(row["pixels"], row["grid"])                                         # (cells over all images, H)
-    seen, grid = repeat_images(seen, row["grid"], row["images"].tolist(), c.group_size,
-                               model.config["vision_config"]["spatial_merge_size"])         # (cells of all R rows, H)
-    hidden = model.hidden_states(row["input_ids"], attention_mask=row["attention_mask"], image_embeds=seen,
-                                 image_grid_thw=grid)                                       # (R, T, H)
-    trained = torch.zeros_like(row["attention_mask"], dtype=torch.bool)
-    trained[torch.arange(len(trained)).unsqueeze(1).expand_as(row["place"])[row["mask"]], row["place"][row["mask"]]] = True
-    full = model.token_logps(hidden, row["input_ids"], trained, temperature=c.temperature, banned=tokenizer.banned_ids)
-    return full.gather(1, row["place"]).masked_fill(~row["mask"], 0.0)                      # (R, N)
 
 
 if __name__ == "__main__":

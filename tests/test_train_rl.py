@@ -140,7 +140,7 @@ def test_sampler_and_training_pass_agree(made):
     model, tokenizer, groups, c = made
     row = train_rl.training_rows(groups, tokenizer.pad_id, 4)
     with torch.no_grad():
-        logp = train_rl.answer_logps(model.eval(), row, tokenizer, c)
+        logp = train_rl.answer_logps(model.eval(), row, c.temperature, tokenizer.banned_ids)
     assert (logp[row["mask"]] < -0.5).any()
     torch.testing.assert_close(logp, row["logps"], atol=1e-4, rtol=0)
     numbers = gradient(model, None, made)[1]
@@ -219,7 +219,7 @@ def test_the_update_learns(made):
 
     def preference():
         with torch.no_grad():
-            logp = train_rl.answer_logps(model, row, tokenizer, c)
+            logp = train_rl.answer_logps(model, row, c.temperature, tokenizer.banned_ids)
         return float((logp.sum(1) * row["advantages"]).sum())
 
     before = preference()
