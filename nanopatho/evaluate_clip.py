@@ -73,7 +73,7 @@ def pools_of(captions, size, seed=0):
 
 
 def retrieval(image_features, text_features, captions, *, pool=100, ks=(1, 5, 10), seed=0):
-    """(N, E), (N, E), N captions -> {"i2t": {"r1", "r5", "r10"}, "t2i": {…}, "recall_at_1", "pool", "pools"}.
+    """(N, E), (N, E), N captions -> {"i2t": {"r1", "r5", "r10"}, "t2i": {…}, "recall_at_1", "pool", "n_pools"}.
 
     i2t: the picture asks, texts are ranked; t2i the other way. recall_at_1: the weaker direction's, with its interval.
     Records that say the same in other words stay apart: where findings repeat, the ceiling is below 100 %.
@@ -89,7 +89,7 @@ def retrieval(image_features, text_features, captions, *, pool=100, ks=(1, 5, 10
     out = {name: {f"r{k}": float((r < k).float().mean()) for k in ks} for name, r in found.items()}
     weaker = min(found, key=lambda name: int((found[name] < 1).sum()))
     return dict(out, recall_at_1=wilson(int((found[weaker] < 1).sum()), len(found[weaker])), pool=len(pools[0]),
-                pools=len(pools))
+                n_pools=len(pools))
 
 
 def auc(score, positive):

@@ -58,7 +58,7 @@ def test_retrieval_against_brute_force():
     captions = [f"c{i}" for i in range(60)]
     out = ev.retrieval(image, text, captions, pool=30, ks=(1, 5), seed=0)
     pools = ev.pools_of(captions, 30, 0)
-    assert out["pool"] == 30 and out["pools"] == 2
+    assert out["pool"] == 30 and out["n_pools"] == 2
     for name, (query, key) in {"i2t": (image, text), "t2i": (text, image)}.items():
         for k in (1, 5):
             hits = []
