@@ -124,21 +124,6 @@ def mrope_positions(ids: Tensor, grid: Tensor | None, valid: Tensor | None, imag
     return (positions if valid is None else positions * valid.long()), after[:, -1]
 
 
-def repeat_images(image_embeds: Tensor, grid: Tensor, images_per_row: list[int], times: int, merge: int = 2):
-    """Features (C, E) and grid (N, 3) of B rows -> (C * times, E), (N * times, 3): every row `times` times in a row.
-
-    For training on a group of answers to one prompt: `visual` runs once per image, its gradient is the sum over the
-    group.
-    """
-    if sum(images_per_row) != len(grid):
-        raise ValueError(f"images_per_row sums to {sum(images_per_row)}, grid holds {len(grid)} images")
-    rows = torch.arange(len(grid)).split(images_per_row)
-    order = torch.cat([row.repeat(times) for row in rows])  # (N * times,) images
-    tokens = torch.arange(len(image_embeds)).split((grid.prod(1) // merge ** 2).tolist())
-    tokens = torch.cat([tokens[i] for i in order.tolist()])  # (C * times,)
-    return image_embeds.index_select(0, tokens.to(image_embeds.device)), grid[order.to(grid.device)]
-
-
 # ---------------------------------------------------------------------------------------------------- model
 
 

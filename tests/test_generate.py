@@ -7,7 +7,7 @@ import torch
 from test_vlm import IMAGE, TINY, prompt, spread_weights
 
 from nanopatho.generate import draw, generate
-from nanopatho.vlm import PathoVLM, repeat_images
+from nanopatho.vlm import PathoVLM
 
 PAD, EOS = 0, [1, 4]
 GRIDS = [[(8, 8)], [], [(4, 12), (2, 2)]]  # three prompts of different lengths with one, no and two images
@@ -37,7 +37,10 @@ def score(model, inputs, out, group, temperature=1.0, banned=(IMAGE, PAD)):
     ids, mask, pixels, grid = inputs
     rows = torch.arange(len(ids)).repeat_interleave(group)
     full, seen = torch.cat((ids[rows], out.ids), 1), torch.cat((mask[rows], out.mask.long()), 1)
-    features, grid = repeat_images(model.visual(pixels, grid), grid, [len(images) for images in GRIDS], group)
+    images = torch.arange(len(grid)).split([len(images) for images in GRIDS])                # of each prompt
+    order = torch.cat([one for one in images for _ in range(group)])                        # of each row
+    seen_by = model.visual(pixels, grid).split((grid.prod(1) // 4).tolist())
+    features, grid = torch.cat([seen_by[i] for i in order]), grid[order]
     scored = torch.cat((torch.zeros_like(ids[rows], dtype=torch.bool), out.mask), 1)
     hidden = model.hidden_states(full, None, grid, seen, image_embeds=features)
     return model.token_logps(hidden, full, scored, temperature, banned)[:, ids.shape[1]:]

@@ -10,7 +10,7 @@ from nanopatho.attention import attention, padded_causal_mask, rotary_tables, ro
 from nanopatho.decoder import KVCache
 from nanopatho.projector import RMSNorm
 from nanopatho.vit import window_order
-from nanopatho.vlm import PathoVLM, mrope_positions, parse_config, repeat_images, trainable
+from nanopatho.vlm import PathoVLM, mrope_positions, parse_config, trainable
 from nanopatho.weights import published_name
 
 IMAGE = 185
@@ -218,15 +218,6 @@ def test_padding_changes_nothing(pair):
         left = ours(torch.cat((zeros, ids), 1), pixels, grid, torch.cat((zeros, mask), 1))[:, n:]
         torch.testing.assert_close(right, alone, atol=2e-5, rtol=0)
         torch.testing.assert_close(left, alone, atol=2e-5, rtol=0)
-
-
-def test_repeat_images_literal():
-    features, grid = torch.arange(9)[:, None], torch.tensor([(1, 2, 2), (1, 4, 4), (1, 2, 8)])  # 1, 4 and 4 cells
-    more, grids = repeat_images(features, grid, [2, 0, 1], 2)
-    assert more.flatten().tolist() == [0, 1, 2, 3, 4] * 2 + [5, 6, 7, 8] * 2
-    assert grids.tolist() == grid[[0, 1, 0, 1, 2, 2]].tolist()
-    with pytest.raises(ValueError, match="sums to 2"):
-        repeat_images(features, grid, [1, 1], 2)
 
 
 def test_trainable_parts_cover_the_model_once():
