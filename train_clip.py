@@ -7,11 +7,11 @@ Two steps as in the paper: captions of morphology alone first (there: PathGen-1.
 all pairs jointly (each record's `morphology` or `caption`, at even chance). One loss: symmetric InfoNCE over the batch.
 What the paper leaves open, and departures:
  1. Learning rate, batch and schedule are not published. Ours: AdamW, one warm-up and one cosine over both steps; from
-    scratch (`tiny`) Muon for the matrices of the towers, which gets there in half the steps (measured: docs/LOG.md).
+    scratch (`tiny`) Muon for the matrices of the towers, which was far ahead after 200 steps (docs/LOG.md).
  2. Pictures are turned and mirrored (8 symmetries; tissue has no up), and `--stain` varies their colours as another
     laboratory would. Unknown in the paper.
  3. `--partial 0.7` shows most texts in part, a random choice of their phrases. A text that names one finding asks for
-    just this finding, so each is learned sooner, and short prompts mean something (measured: docs/LOG.md).
+    just this finding, so each is learned sooner, and short prompts mean something (docs/LOG.md).
  4. A text that is also true of another picture of the batch, since that one's caption says the same, is not counted as
     wrong there (clip.clip_loss, also_true). In a drawn world such pairs are common.
  5. `tiny` starts from random weights and its own small tokenizer, the paper from OpenAI's CLIP.

@@ -167,8 +167,7 @@ def caption_record(rng, facts, topic):
     """"morphology": the findings alone (step 1 of Patho-CLIP); "caption": with the subfield, half of them with the diagnosis.
 
     True of the image, in the table's order, and silent on what a picture cannot show (the organ): that is noise to whoever
-    learns from it. Measured: in random order behind an organ's name the same findings took over twice as long to learn
-    (docs/LOG.md).
+    learns from it (docs/LOG.md has the trial).
     """
     subfield = facts["subfield"]
     morphology = ", ".join(say(facts, ATTRIBUTES[subfield]))
