@@ -53,8 +53,9 @@ class Config:
     group_size: int = say(8, "answers to each question", least=2)
     updates: int = say(2, "optimizer steps per rollout, each on its share of the groups", least=1)
     epochs: int = say(1, "passes over each rollout; 2 or more lets the clip act on the same answers", least=1)
-    lr: float = say(1e-6, "learning rate, constant after warm-up")
+    lr: float = say(1e-6, "learning rate, constant between warm-up and decay")
     warmup: int = say(10, "optimizer steps of linear warm-up")
+    decay: float = say(0.0, "last share of the rollout steps over which the learning rate falls linearly to zero")
     optimizer: str = say("adamw", "adamw, or muon: Muon for the matrices of the layers, AdamW for the rest",
                          choices=("adamw", "muon"))
     weight_decay: float = say(0.1, "AdamW weight decay on matrices")
@@ -183,7 +184,7 @@ def main(argv=None):
         share, stats = max(1, -(-len(groups) // c.updates)), []
         for _ in range(c.epochs):
             for at in range(0, len(groups), share):
-                lr = c.lr * min(1.0, (done + 1) / max(1, c.warmup))
+                lr = c.lr * min(1.0, (done + 1) / max(1, c.warmup), (c.steps - step) / max(1.0, c.decay * c.steps))
                 stats.append(update(model, reference, tokenizer, groups[at:at + share], parameters, optimizer, lr, c, step))
                 done += 1
         numbers.update({k: float(np.mean([s[k] for s in stats])) for k in stats[0]}, lr=lr)
