@@ -1,9 +1,17 @@
 """Data for the four stages:  python -m data_prep COMMAND
 
   microworld --preset tiny --out DIR [--seed 0] [--workers 2] [--field value …]     draw the micro-world
-  validate FILE.jsonl …                                                             check every record and image
-  folder IMAGES --out DIR [--labels "tumor=invasive tumor,non_tumor=other tissue"]  your own images, one folder a class
   sheet OUT.png                                                                     a contact sheet of the micro-world
+  folder IMAGES --out DIR [--labels "tumor=invasive tumor,non_tumor=other tissue"]  your own images, one folder a class
+
+  list [SET …]                    the public sets: what for, size, licence, gate, layout
+  fetch SET --out DIR             download what is open, print the steps where a form stands in between; resumes
+  convert SET DIR --out DIR       published files -> records.jsonl, with a card of what was kept and dropped
+  articles, pdf … --out DIR       open-access articles and books -> records       (each with its own --help)
+  filter FILE.jsonl … --out DIR   the funnel: size, tissue, caption, duplicates, benchmarks;   stain: normalise colours
+  split FILE.jsonl … --out DIR    whole groups to train, val and test -> the files that the four scripts read
+  shard FILE.jsonl … --out DIR    records and images -> tar shards;  unshard DIR --out DIR: back
+  validate FILE.jsonl|DIR …       check every record and image, and show a record with the trained tokens in colour
 
 microworld writes DIR/{captions,sft,rl,val,test,test_combo,test_stain}.jsonl, DIR/images, lexicon.json (phrases that
 name findings) and card.json (settings, counts). No two records share an image, and pools differ in their seeds.
@@ -16,6 +24,7 @@ import os
 for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):            # one process a core: more threads made drawing 10x slower
     os.environ.setdefault(_name, "1")
 import argparse
+import importlib
 import json
 import multiprocessing
 import random
@@ -26,7 +35,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data_prep import records, writer
+from data_prep.fetch import fetch
+from data_prep.sources import SOURCES, convert, listing
 from data_prep.world import PHRASES, SUBFIELDS, TOPICS, for_drawing, phrase, sample, space, tissue
+from nanopatho.data import DataError
 
 VERSION = 2                          # of what is drawn and written: raise it when the same settings give other data
 FIELDS = {                           # name: (value for tiny, help)
@@ -224,6 +236,9 @@ def settings_of(args):
 
 
 def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in OWN:
+        return importlib.import_module(f"data_prep.{OWN[argv[0]]}").main(argv[1:]) or 0
     parser = argparse.ArgumentParser(prog="python -m data_prep", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -233,8 +248,6 @@ def main(argv=None):
     world.add_argument("--workers", type=int, default=2)
     for name, (value, text) in FIELDS.items():
         world.add_argument(f"--{name}", type=type(value), help=f"{text} (tiny: {value})")
-    check = commands.add_parser("validate", help="check every record and image")
-    check.add_argument("files", nargs="+")
     own = commands.add_parser("folder", help="your own images, one folder a class")
     own.add_argument("images")
     own.add_argument("--out", required=True)
@@ -245,31 +258,107 @@ def main(argv=None):
     own.add_argument("--seed", type=int, default=0)
     sheet = commands.add_parser("sheet", help="a contact sheet of the micro-world")
     sheet.add_argument("out")
+    known = commands.add_parser("list", help="the public sets")
+    known.add_argument("sets", nargs="*", metavar="SET", help=", ".join(SOURCES))
+    get = commands.add_parser("fetch", help="download a public set")
+    turn = commands.add_parser("convert", help="published files of a set -> records")
+    for command in (get, turn):
+        command.add_argument("set", choices=list(SOURCES), metavar="SET", help=", ".join(SOURCES))
+    turn.add_argument("root", help="folder of the published files")
+    cut = commands.add_parser("split", help="whole groups to train, val and test")
+    cut.add_argument("--seed", type=int, default=0)
+    cut.add_argument("--shares", type=float, nargs=2, default=(0.15, 0.15), metavar=("TEST", "VAL"))
+    cut.add_argument("--again", action="store_true", help="draw the published splits anew, too")
+    pack = commands.add_parser("shard", help="records and images -> tar shards")
+    pack.add_argument("--per_shard", type=int, default=1000)
+    back = commands.add_parser("unshard", help="tar shards -> records and images")
+    back.add_argument("folder")
+    check = commands.add_parser("validate", help="check every record and image")
+    check.add_argument("--show", type=int, default=1, help="records of each file to show, trained tokens in green")
+    check.add_argument("--tokenizer", default="", help="folder of a model; without it, one is made from the texts")
+    for command in (cut, pack, check):
+        command.add_argument("files", nargs="+")
+    for command in (get, turn, cut, pack, back):
+        command.add_argument("--out", required=True)
     args = parser.parse_args(argv)
-    if args.command == "microworld":
-        microworld(settings_of(args), args.out, max(1, args.workers))
-    elif args.command == "validate":
-        problems = [p for file in args.files for p in records.validate(file)]
-        print("\n".join(problems) or f"{', '.join(args.files)}: in order")
-        return 1 if problems else 0
-    elif args.command == "folder":
-        if any("=" not in part for part in args.labels.split(",") if part):
-            raise SystemExit(f"--labels {args.labels!r}: write folder=name,folder=name")
-        labels = dict(part.split("=", 1) for part in args.labels.split(",") if part)
-        try:
-            card = records.folder(args.images, args.out, labels=labels, subfield=args.subfield, topic=args.topic,
-                                  distractors=[d.strip() for d in args.distractors.split(",") if d.strip()],
-                                  seed=args.seed)
-        except (ValueError, OSError) as error:
-            raise SystemExit(str(error)) from error
-        print(f"{args.out}: {card['pools']}")
-    else:
-        from data_prep import render
-        try:
-            render.sheet(args.out)
-        except (OSError, ValueError) as error:               # ValueError: an ending that names no image format
-            raise SystemExit(f"cannot write {args.out}: {error}; choose another place, ending in .png") from error
-    return 0
+    return RUN[args.command](args) or 0
+
+
+# --- one function a command -------------------------------------------------------------------------------------------
+
+def run_microworld(args):
+    microworld(settings_of(args), args.out, max(1, args.workers))
+
+
+def run_sheet(args):
+    from data_prep import render
+    try:
+        render.sheet(args.out)
+    except (OSError, ValueError) as error:                   # ValueError: an ending that names no image format
+        raise SystemExit(f"cannot write {args.out}: {error}; choose another place, ending in .png") from error
+
+
+def run_folder(args):
+    if any("=" not in part for part in args.labels.split(",") if part):
+        raise SystemExit(f"--labels {args.labels!r}: write folder=name,folder=name")
+    labels = dict(part.split("=", 1) for part in args.labels.split(",") if part)
+    try:
+        card = records.folder(args.images, args.out, labels=labels, subfield=args.subfield, topic=args.topic,
+                              distractors=[d.strip() for d in args.distractors.split(",") if d.strip()], seed=args.seed)
+    except (ValueError, OSError) as error:
+        raise SystemExit(str(error)) from error
+    print(f"{args.out}: {card['pools']}")
+
+
+def run_list(args):
+    unknown = [s for s in args.sets if s not in SOURCES]
+    if unknown:
+        raise DataError(f"no set {', '.join(unknown)}; there are {', '.join(SOURCES)}")
+    print(listing(args.sets or SOURCES))
+
+
+def run_fetch(args):
+    problems = fetch(args.set, args.out)
+    print("\n".join(problems) or f"{args.out}: in order; next: python -m data_prep convert {args.set} {args.out} "
+                                  f"--out data/{args.set}")
+    return 1 if problems else 0
+
+
+def run_convert(args):
+    print(f"{args.out}: {convert(args.set, args.root, args.out).told()}")
+
+
+def run_split(args):
+    from data_prep import shards
+    card = shards.split(args.files, args.out, seed=args.seed, shares=args.shares, again=args.again)
+    print(f"{args.out}: {card.told()}")
+
+
+def run_shard(args):
+    from data_prep import shards
+    print(f"{args.out}: {shards.pack(args.files, args.out, args.per_shard).told()}")
+
+
+def run_unshard(args):
+    from data_prep import shards
+    problems = shards.unpack(args.folder, args.out)
+    print("\n".join(problems) or f"{args.out}: in order")
+    return 1 if problems else 0
+
+
+def run_validate(args):
+    problems, groups = [], {}
+    for file in args.files:
+        problems += records.validate(file, groups)
+        for text in records.samples(file, args.show, args.tokenizer):
+            print(f"--- {file}\n{text}")
+    print("\n".join(problems) or f"{', '.join(args.files)}: in order")
+    return 1 if problems else 0
+
+
+OWN = {"articles": "articles", "pdf": "pdf", "filter": "filters", "stain": "stain"}   # modules with a main of their own
+RUN = {"microworld": run_microworld, "sheet": run_sheet, "folder": run_folder, "list": run_list, "fetch": run_fetch,
+       "convert": run_convert, "split": run_split, "shard": run_shard, "unshard": run_unshard, "validate": run_validate}
 
 
 if __name__ == "__main__":

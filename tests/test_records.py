@@ -125,6 +125,13 @@ def test_places_that_cannot_be_written(tmp_path):
 
 # ---------------------------------------------------------------- validate
 
+@pytest.mark.parametrize("name", [*command.OWN, *command.RUN])
+def test_every_command_explains_itself(name, capsys):
+    with pytest.raises(SystemExit) as ended:
+        command.main([name, "--help"])
+    assert ended.value.code == 0 and f"python -m data_prep {name}" in capsys.readouterr().out and name in command.__doc__
+
+
 def test_what_was_written_is_in_order(made, capsys):
     assert command.main(["validate", *(str(p) for p in made.glob("*.jsonl"))]) == 0
     assert "in order" in capsys.readouterr().out
@@ -172,6 +179,78 @@ def test_all_faults_are_told_at_once(tmp_path):
     assert "no such file" in records.validate(tmp_path / "y.jsonl")[0]
     (tmp_path / "empty.jsonl").write_text("\n")
     assert "no records" in records.validate(tmp_path / "empty.jsonl")[0]
+
+
+def test_text_that_is_none_and_records_without_use(tmp_path):
+    Image.new("RGB", (60, 60)).save(tmp_path / "i.png")
+    lines = [json.dumps(GOOD).encode(), b'{"id": "b", "image": "i.png", "caption": "\xff"}',
+             b'{"id": "c", "image": "i.png", "caption": "\\ud800 \\u00e9"}', b'{"id": "d", "image": "i.png", "caption": "a\\u0000"}',
+             b'{"id": "e", "image": "i.png", "question": "Open?"}', b'{"id": "f", "facts": {"tissue": "fat"}}',
+             b'{"id": "g", "image": "i.png", "question": "Open?", "answer": "fat"}', b"[" * 100_000]
+    (tmp_path / "x.jsonl").write_bytes(b"\n".join(lines))
+    problems = records.validate(tmp_path / "x.jsonl")
+    told = [("x.jsonl:2: not UTF-8 text",), ("id=c", "'caption' holds a NUL byte or bytes that are no UTF-8"), ("id=d", "NUL byte"),
+            ("id=e", "'answer' is missing"), ("id=f", "'image' is missing"), ("x.jsonl:8: not valid JSON",)]
+    assert len(problems) == 6 and all(t in p for p, parts in zip(problems, told) for t in parts), problems
+    with open(tmp_path / "x.jsonl", "rb") as file:                       # the byte offsets lead back to the records
+        for _, record, at in records.lines(tmp_path / "x.jsonl", lambda *_: None):
+            file.seek(at)
+            assert json.loads(file.readline()) == record
+
+
+def test_what_is_shown_as_trained(tmp_path, capsys):
+    """The green parts are the assistant's turns with their end and nothing else, and all parts give the whole text."""
+    from nanopatho.chat import train_tokenizer
+    tokenizer, turns = train_tokenizer(["Which fat? µ"], 300), [{"role": "user", "content": "<image>Which µ?"},
+                                                               {"role": "assistant", "content": "fat"},
+                                                               {"role": "user", "content": "Sure?"}, REPLY]
+    cut = lambda text: (text.split("[")[0], [part.split("]") for part in text.split("[")[1:]])
+    head, parts = cut(records.show({"id": "a", "image": "i.png", "messages": turns}, tokenizer, ("[", "]")))
+    assert head == ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|><|image_pad|>"
+                    "<|vision_end|>Which µ?<|im_end|>\n<|im_start|>assistant\n")
+    assert parts == [["fat<|im_end|>", "\n<|im_start|>user\nSure?<|im_end|>\n<|im_start|>assistant\n"], ["A<|im_end|>", "\n"]]
+    caption = records.show({"id": "a", "image": ["i.png", "j.png"], "caption": "fat"}, tokenizer, ("[", "]"))
+    assert caption == "<|vision_start|><|image_pad|><|vision_end|>" * 2 + "[fat<|endoftext|>]"
+    assert "[" not in records.show({**{k: GOOD[k] for k in ("id", "image", "question", "options")}}, tokenizer, ("[", "]"))
+    Image.new("RGB", (60, 60)).save(tmp_path / "i.png")
+    records.write(tmp_path / "x.jsonl", [GOOD, {**GOOD, "id": "b"}])
+    assert command.main(["validate", str(tmp_path / "x.jsonl"), "--show", "2"]) == 0
+    assert capsys.readouterr().out.count("[trained: A<|im_end|>]") == 2
+
+
+# ---------------------------------------------------------------- splits by group
+
+def caption(i, group, **more):
+    return {"id": f"r{i}", "image": "i.png", "caption": "fat", "group": group, **more}
+
+
+def test_split_keeps_groups_whole_and_published_splits(tmp_path, capsys):
+    Image.new("RGB", (60, 60)).save(tmp_path / "i.png")
+    asked = {k: v for k, v in GOOD.items() if k not in ("messages", "split", "caption")}
+    made = [caption(i, f"g{i % 20}") for i in range(200)] + [{**asked, "id": f"q{i}", "group": f"g{i}"} for i in range(20)]
+    made += [caption(i, f"p{i % 2}", split=("val", "test")[i % 2]) for i in range(200, 210)]
+    records.write(tmp_path / "a.jsonl", made)
+    assert command.main(["split", str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "o" / "s")]) == 0
+    pools = {p.stem: rows(p) for p in (tmp_path / "o" / "s").glob("*.jsonl") if p.stem != "dropped"}
+    assert set(pools) == {"captions", "rl", "val", "test", "val_caption", "test_caption"}
+    assert sorted(r["id"] for p in pools.values() for r in p) == sorted(r["id"] for r in made)
+    split = {r["group"]: r["split"] for p in pools.values() for r in p}                        # every record of a group agrees
+    assert all(split[r["group"]] == r["split"] == (pool.split("_")[0] if pool[0] in "vt" else "train")
+               for pool, p in pools.items() for r in p)
+    assert split["p0"] == "val" and split["p1"] == "test"
+    assert [sum(split[f"g{i}"] == s for i in range(20)) for s in ("train", "val", "test")] == [14, 3, 3]   # 15 % of 20 groups each
+    groups = {}
+    assert all(records.validate(tmp_path / "o" / "s" / f"{pool}.jsonl", groups) == [] for pool in pools)
+    card = json.loads((tmp_path / "o" / "s" / "card.json").read_text())
+    assert card["records"] == 230 and card["groups"] == 22 and card["cells"] == {"- | - | -": 210, "H&E | easy | mcq": 20}
+    records.write(tmp_path / "b.jsonl", [caption(0, "g", split="train"), caption(1, "g", split="test"), caption(2, "h")])
+    call = ["split", str(tmp_path / "b.jsonl"), "--out", str(tmp_path / "t")]
+    with pytest.raises(DataError, match="1 groups are in two published splits, such as g: that leaks. Add --again"):
+        command.main(call)
+    assert not (tmp_path / "t").exists() and command.main([*call, "--again"]) == 0
+    assert len({r["split"] for p in (tmp_path / "t").glob("*captions*") for r in rows(p) if r["group"] == "g"}) <= 1
+    with pytest.raises(DataError, match="c.jsonl: no such file"):
+        command.main(["split", str(tmp_path / "c.jsonl"), "--out", str(tmp_path / "u")])
 
 
 # ---------------------------------------------------------------- a folder of real images
