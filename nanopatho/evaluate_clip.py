@@ -2,15 +2,21 @@
 
     python -m nanopatho.evaluate_clip --model runs/demo/clip --data data/tiny
     python -m nanopatho.evaluate_clip --model runs/demo/clip --tiles FOLDER      # FOLDER/CLASS/REGION_….jpg
+    python -m nanopatho.evaluate_clip --model runs/demo/clip --protocol FOLDER [--prompts FILE.json]
 
 Protocols after Patho-R1's clip/val and CONCH. Theirs, and where this differs:
   zero-shot  every class has synonyms, every synonym goes through every template; text vectors are made unit length,
              averaged, made unit length again; largest cosine wins. Plain accuracy with a 95 % Wilson interval.
   retrieval  R@k among 100 candidates, both directions, named (their script calls i2t what may be either). Pools are
              disjoint and hold no caption twice; a tie counts against the right answer.
+             --data also ranks among all N: a repeated caption or picture has several right answers, and how many is
+             told (their script counts all but one of them as misses; "r1_own" is that number).
+  few-shot   logistic regression (C = 1) on the raw features of 2 to 128 tiles a class, 10 subsets: mean and spread. A
+             tile is judged by a probe that saw none of its group; without groups a random half is, with a warning.
+  pictures   image-to-image: is one of the k nearest of the same class; the picture's own group is left out.
   probe      logistic regression on frozen features, L2 as scikit-learn's C, and always leaving a whole group (slide,
              region, patient) out: tiles cut side by side look alike, so a random split measures memory.
-The formulas (first part) need torch and numpy alone and may be copied.
+The formulas (first part) need torch, numpy and metrics.py and may be copied.
 
 Letters: N pictures, M texts, K classes, E embedding, D features.
 """
@@ -22,6 +28,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+
+from .metrics import classification, interval
 
 # --- formulas ---------------------------------------------------------------------------------------------------------
 
@@ -92,6 +100,90 @@ def retrieval(image_features, text_features, captions, *, pool=100, ks=(1, 5, 10
                 n_pools=len(pools))
 
 
+def full_retrieval(image_features, text_features, captions, pictures=None, *, ks=(1, 5, 10, 20), rows=1024):
+    """All N pictures against all N texts -> {"i2t": {"r1", …, "r1_own", …}, "t2i": the same, "duplicates", "n"}.
+
+    Records with one caption, or one picture (`pictures`: N names), answer for each other: the best of them counts.
+    r*_own: only the record itself, and its doubles stand in the way, as in published scripts. Ties: pessimistic.
+    """
+    N, twin = len(captions), torch.zeros(len(captions), len(captions), dtype=torch.bool)
+    for names in (captions, pictures or range(len(captions))):
+        which = torch.tensor(np.unique(np.array(names, dtype=str), return_inverse=True)[1])
+        twin |= which[:, None] == which[None]
+    unit = [F.normalize(x.float(), dim=-1) for x in (image_features, text_features)]
+    out = {"n": N, "duplicates": int((twin.sum(1) > 1).sum())}
+    for name, (query, key) in {"i2t": unit, "t2i": unit[::-1]}.items():
+        best, own = [], []
+        for at in range(0, N, rows):
+            similarity, same = query[at:at + rows] @ key.T, twin[at:at + rows]                # (rows, N)
+            top = similarity.masked_fill(~same, -2).max(1, keepdim=True).values
+            best.append(((similarity >= top) & ~same).sum(1))
+            mine = similarity.gather(1, torch.arange(at, at + len(similarity))[:, None])
+            own.append((similarity >= mine).sum(1) - 1)
+        out[name] = {f"r{k}{end}": float((torch.cat(found) < k).double().mean())
+                     for end, found in (("", best), ("_own", own)) for k in ks}
+    return out
+
+
+def image_retrieval(features, y, groups=None, ks=(1, 5, 10, 20)):
+    """Pictures (N, D) of classes y (N,) ask for their like -> {"r1", …: one of the k nearest is of it; "majority5"}.
+
+    The picture itself is never found; with groups (N names) nothing of its group is: neighbouring tiles of one slide
+    find each other whatever they show. Classes that tie in the vote of five share the point.
+    """
+    unit, N = F.normalize(features.double(), dim=-1), len(y)
+    which = torch.arange(N) if groups is None else torch.tensor(np.unique(np.array(groups), return_inverse=True)[1])
+    similarity = (unit @ unit.T).masked_fill(which[:, None] == which[None], float("-inf"))
+    order = similarity.sort(dim=1, descending=True, stable=True).indices[:, :max(max(ks), 5)]
+    hit = (y[order] == y[:, None]) & similarity.gather(1, order).isfinite()                   # (N, k)
+    votes = F.one_hot(y[order[:, :5]]).sum(1)
+    winners = votes == votes.max(1, keepdim=True).values
+    vote = winners.gather(1, y[:, None]).squeeze(1).double() / winners.sum(1)
+    return {**{f"r{k}": float(hit[:, :k].any(1).double().mean()) for k in ks}, "majority5": float(vote.mean())}
+
+
+def few_shot(features, y, groups=None, *, train=None, shots=(2, 8, 16, 32, 64, 128), subsets=10, seed=42):
+    """Probes on few tiles a class -> {"2": {"accuracy", "std", "balanced_accuracy", "weighted_f1"}, …, "all", "split"}.
+
+    features (N, D) raw, y (N,). train: (features, y) of an official training part; else groups (N names) are left out
+    in turn; else a random half is judged. Subset s draws with seed + s, as published. A class with fewer tiles than shots:
+    the entry says "impossible" (published scripts leave failed subsets out of the mean).
+    """
+    x, K = features.double(), int(y.max()) + 1
+    if train is not None:
+        x, y = torch.cat([x, train[0].double()]), torch.cat([y, train[1]])
+        judged = [torch.arange(len(x)) < len(features)]
+        split = "the training part that was given"
+    elif groups is not None:
+        judged = [torch.tensor(np.array(groups) == g) for g in sorted(set(groups))]
+        split = f"{len(judged)} groups, each judged by probes that saw none of it"
+    else:
+        judged = [torch.tensor(np.random.default_rng(seed).permutation(len(y)) >= len(y) // 2)]
+        split = "WARNING: no groups known, a random half is judged; tiles of one slide in both halves make it too good"
+    folds = [((~part).nonzero().squeeze(1), part.nonzero().squeeze(1)) for part in judged]
+
+    def run(n, rng):
+        guess = torch.full((len(y),), -1)
+        for inside, outside in folds:
+            if n:
+                parts = [inside[y[inside] == k] for k in range(K)]
+                inside = torch.cat([part[torch.tensor(rng.choice(len(part), n, replace=False))] for part in parts])
+            weight, bias = probe_fit(x[inside], y[inside], 1.0, K)
+            guess[outside] = (x[outside] @ weight.T + bias).argmax(1)
+        return classification(y[guess >= 0], guess[guess >= 0], K)
+
+    out, least = {"split": split}, min(int((y[inside] == k).sum()) for inside, _ in folds for k in range(K))
+    for n in (*shots, 0):
+        if n > least:
+            out[str(n)] = {"impossible": f"a class has only {least} tiles to draw from"}
+            continue
+        found = [run(n, np.random.default_rng(seed + s)) for s in range(subsets if n else 1)]
+        out[str(n or "all")] = {**{name: float(np.mean([f[name] for f in found])) for name in (
+            "accuracy", "balanced_accuracy", "weighted_f1")}, "std": float(np.std([f["accuracy"] for f in found])),
+            "subsets": len(found)}
+    return out
+
+
 def auc(score, positive):
     """Area under the ROC curve = share of (positive, negative) pairs that `score` (N,) orders rightly, ties half."""
     gap = score[positive][:, None] - score[~positive][None]           # (positives, negatives)
@@ -107,31 +199,43 @@ def mean_auc(scores, y):
 def probe_fit(x, y, C=1.0, classes=None, balanced=False):
     """Multinomial logistic regression: x (N, D), y (N,) long -> weights (K, D), biases (K,), both float64.
 
-    Minimises sum of cross-entropies + |W|^2 / (2 C), scikit-learn's LogisticRegression(C), by L-BFGS in float64. The
-    objective is convex with one minimum (up to a shift of all biases), so any start and any optimizer ends there.
+    Minimises sum of cross-entropies + |W|^2 / (2 C), scikit-learn's LogisticRegression(C), by Newton's method in
+    float64, its equations solved by conjugate gradients, so that no Hessian is formed. The objective is convex with one minimum
+    (up to a shift of all biases), so any start and any optimizer ends there.
     balanced: every class weighs the same in total, for data whose class shares mean nothing (class_weight="balanced").
     """
-    x, classes = x.double(), classes or int(y.max()) + 1
-    share = torch.ones(classes, dtype=torch.float64)
+    x, K = torch.cat([x.double(), torch.ones(len(x), 1, dtype=torch.float64)], 1), classes or int(y.max()) + 1
+    share = torch.ones(K, dtype=torch.float64)
     if balanced:
-        count = y.bincount(minlength=classes)
+        count = y.bincount(minlength=K)
         share = torch.where(count > 0, len(y) / (count > 0).sum() / count.clamp_min(1), 0.0).double()
-    weight = torch.zeros(classes, x.shape[1], dtype=torch.float64, requires_grad=True)
-    bias = torch.zeros(classes, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weight, bias], lr=1, max_iter=500, tolerance_grad=1e-7, tolerance_change=1e-12,
-                                  history_size=20, line_search_fn="strong_wolfe")
-
-    def closure():
-        optimizer.zero_grad()
-        # divided by N: the same minimum, at a scale where the optimizer's tolerances mean the same for every N
-        loss = F.cross_entropy(x @ weight.T + bias, y, weight=share, reduction="sum") / len(x)
-        loss = loss + weight.square().sum() / (2 * C * len(x))
-        loss.backward()
-        return loss
-
-    with torch.enable_grad():
-        optimizer.step(closure)
-    return weight.detach(), bias.detach()
+    share, true = share[y][:, None], F.one_hot(y, K)                  # (N, 1), (N, K)
+    penalty = torch.full((x.shape[1],), 1 / C, dtype=torch.float64)
+    penalty[-1] = 0                                                   # the bias is free
+    value = lambda t: share[:, 0] @ F.cross_entropy(x @ t.T, y, reduction="none") + (penalty * t * t).sum() / 2
+    theta = torch.zeros(K, x.shape[1], dtype=torch.float64)           # (K, D + 1)
+    for _ in range(100):
+        p = (x @ theta.T).softmax(1)
+        gradient = (share * (p - true)).T @ x + penalty * theta
+        size = gradient.norm()
+        if size < 1e-10 * len(x):
+            break
+        step, left = torch.zeros_like(theta), gradient.clone()        # H step = gradient
+        way, square = left.clone(), size ** 2
+        for _ in range(200):
+            z = x @ way.T
+            bent = (share * p * (z - (p * z).sum(1, keepdim=True))).T @ x + penalty * way
+            step += square / (way * bent).sum() * way
+            left -= square / (way * bent).sum() * bent
+            before, square = square, left.square().sum()
+            if square.sqrt() < min(0.1, float(size)) * size:
+                break
+            way = left + square / before * way
+        now, rate = value(theta), 1.0
+        while value(theta - rate * step) > now + 1e-12 * now and rate > 1e-6:
+            rate /= 2
+        theta -= rate * step
+    return theta[:, :-1], theta[:, -1]
 
 
 def probe_scores(x_train, y_train, x_test, C=1.0, classes=None, balanced=False):
@@ -241,11 +345,12 @@ def class_features(model, tokenizer, prompts):
     return names, ensemble(features.split([len(group) for group in texts]))
 
 
-def evaluate_pool(model, tokenizer, data, *, pool="test", items=0, label="tissue", images=None, seed=0):
+def evaluate_pool(model, tokenizer, data, *, pool="test", items=0, label="tissue", images=None, seed=0, full=False):
     """The numbers of stage 0 on a held-out pool -> dict for results.json. items: the first so many records, 0 = all.
 
     Retrieval pairs each picture with `text_of` it. Zero-shot uses the records whose facts carry `label`, with the
     prompts of DATA/zero_shot.json (CONCH's layout) if it is there, else with the labels themselves as class names.
+    full: also full_retrieval, among all pictures and texts.
     """
     from .data import Images, read_records
     from .evaluate import read_lexicon
@@ -254,7 +359,10 @@ def evaluate_pool(model, tokenizer, data, *, pool="test", items=0, label="tissue
     model.eval()
     pictures = image_features(model, [images(r)[0] for r in records])
     texts = [text_of(r, lexicon) for r in records]
-    out = retrieval(pictures, text_features(model, tokenizer, texts), texts, seed=seed)
+    said = text_features(model, tokenizer, texts)
+    out = retrieval(pictures, said, texts, seed=seed)
+    if full:
+        out["retrieval_all"] = full_retrieval(pictures, said, texts, [str(r["image"]) for r in records])
     path = Path(data) / "zero_shot.json"
     labelled = [(i, r["facts"][label]) for i, r in enumerate(records) if r.get("facts", {}).get(label)]
     if path.is_file():
@@ -277,6 +385,77 @@ def evaluate_pool(model, tokenizer, data, *, pool="test", items=0, label="tissue
 
 
 # --- real tissue ------------------------------------------------------------------------------------------------------
+
+
+# One-line prompts of the literature, as read in the repositories named, and an ensemble of our own.
+TEMPLATE_SETS = {
+    "quiltnet": ("a histopathology slide showing CLASSNAME", "histopathology image of CLASSNAME",
+                 "pathology tissue showing CLASSNAME", "presence of CLASSNAME tissue on image"),  # repo quilt1m
+    "plip": ("An H&E image patch of CLASSNAME.",),                                           # repo plip
+    "pathgen": ("An H&E patch of CLASSNAME",),                                               # repo PathGen-1.6M
+    "ours": ("CLASSNAME", "I see CLASSNAME.", "Under the microscope: CLASSNAME.", "This field of view: CLASSNAME.",
+             "Mostly CLASSNAME.", "What fills the tile is CLASSNAME.", "Typical CLASSNAME, low power.",
+             "Typical CLASSNAME, high power."),
+}
+
+
+def read_tiles(folder):
+    """FOLDER/CLASS/GROUP_….jpg -> files, y (N,) long, class names, groups (N names) or None where the file names tell
+    none: no "_", one group only, or every file a group of its own."""
+    folder = Path(folder)
+    files = sorted(f for f in folder.glob("*/*") if f.suffix.lower() in (".jpg", ".jpeg", ".png", ".tif", ".tiff"))
+    classes = sorted({f.parent.name for f in files})
+    if len(classes) < 2:
+        from .data import DataError
+        raise DataError(f"{folder}: {len(files)} images in classes {classes}; needs two or more classes, as "
+                         "FOLDER/CLASS/REGION_….jpg")
+    groups = [f.name.split("_")[0] for f in files]
+    known = all("_" in f.name for f in files) and 1 < len(set(groups)) < len(files)
+    return files, torch.tensor([classes.index(f.parent.name) for f in files]), classes, groups if known else None
+
+
+def protocol(model, tokenizer, folder, *, prompts=None, names=None, train=None, subsets=10):
+    """Patho-CLIP's whole protocol on FOLDER/CLASS/GROUP_….jpg -> dict: zero_shot by prompt set, few_shot, pictures.
+
+    prompts: a file in CONCH's form; names: {class folder: what to call it}; train: folder of an official training part.
+    Features are computed once. Intervals resample groups where they are known.
+    """
+    from .data import DataError
+    from .image import open_image
+    files, y, classes, groups = read_tiles(folder)
+    was_training = model.training
+    model.eval()
+    see = lambda files: torch.cat([image_features(model, [open_image(f) for f in files[at:at + 512]])
+                                   for at in range(0, len(files), 512)])
+    features = see(files)
+    called = {c: [(names or {}).get(c, c.replace("_", " "))] for c in classes}
+    sets = {name: {"classnames": called, "templates": t} for name, t in TEMPLATE_SETS.items()}
+    if prompts:
+        sets = {"file": read_prompts(prompts), **sets}
+        missing = set(classes) - set(sets["file"]["classnames"])
+        if missing:
+            raise DataError(f"{prompts}: has no class {', '.join(sorted(missing))}, but {folder} has such a folder")
+    out = {"classes": classes, "n": len(files), "majority": int(y.bincount().max()) / len(y), "zero_shot": {},
+           "groups": sorted(set(groups)) if groups else "WARNING: none in the file names"}
+    for name, prompt_set in sets.items():
+        found, vectors = class_features(model, tokenizer, prompt_set)                # a file may name more classes
+        guess = zero_shot(features, vectors)
+        truth = torch.tensor([found.index(classes[k]) for k in y])
+        numbers = classification(truth.numpy(), guess.numpy(), len(found))
+        ci = interval((guess == truth).double().numpy(), groups=groups)[1]
+        out["zero_shot"][name] = {**numbers, "accuracy_ci": ci, "recall": dict(zip(found, numbers["recall"]))}
+    part = None
+    if train:
+        more, train_y, train_classes, _ = read_tiles(train)
+        if train_classes != classes:
+            raise DataError(f"{train}: classes {train_classes}, but {folder} has {classes}")
+        part = see(more), train_y
+    model.train(was_training)
+    out["few_shot"] = few_shot(features, y, groups, train=part, subsets=subsets)
+    out["pictures"] = image_retrieval(features, y, groups)
+    if groups:
+        out["pictures_with_own_group"] = image_retrieval(features, y)                # what leaking neighbours add
+    return out
 
 
 def symmetries(picture):
@@ -311,15 +490,8 @@ def real_tissue_probe(model, folder, strengths=(0.01, 0.1, 1.0)):
     figure.
     """
     from .image import open_image
-    folder = Path(folder)
-    files = sorted(f for f in folder.glob("*/*") if f.suffix.lower() in (".jpg", ".jpeg", ".png", ".tif"))
-    classes = sorted({f.parent.name for f in files})
-    if len(classes) < 2:
-        from .data import DataError
-        raise DataError(f"{folder}: {len(files)} images in classes {classes}; needs two or more classes, as "
-                         "FOLDER/CLASS/REGION_….jpg")
-    y = torch.tensor([classes.index(f.parent.name) for f in files])
-    regions = np.array([f.name.split("_")[0] for f in files])
+    files, y, classes, regions = read_tiles(folder)
+    regions = np.array(regions or ["all"] * len(files))
     size, was_training = model.config["vision_config"]["image_size"], model.training
     tiles = [open_image(f) for f in files]
     model.eval()
@@ -344,29 +516,47 @@ def real_tissue_probe(model, folder, strengths=(0.01, 0.1, 1.0)):
     return out
 
 
-def main():
+def main(argv=None):
     from . import checkpoint
     from .chat import read_tokenizer
     from .clip import CLIP
     from .data import check_images, read_records
+    from .log import write_json
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="folder with config.json, weights and tokenizer.json")
-    parser.add_argument("--data", help="data folder: zero-shot and retrieval on its pool")
-    parser.add_argument("--pool", default="test", help="test, val, test_combo or test_stain (default: test)")
-    parser.add_argument("--items", type=int, default=0, help="first so many records of the pool (default: 0 = all)")
-    parser.add_argument("--tiles", help="folder CLASS/REGION_….jpg of real tiles: the linear probe")
-    a = parser.parse_args()
-    if not (a.data or a.tiles):
-        parser.error("nothing to evaluate: give --data, --tiles, or both")
+    add = parser.add_argument
+    add("--model", required=True, help="folder with config.json, weights, tokenizer.json; or an open_clip .pt")
+    add("--tokenizer", help="tokenizer.json (default: the one in the folder --model)")
+    add("--data", help="data folder: zero-shot and retrieval on its pool")
+    add("--pool", default="test", help="test, val, test_combo or test_stain (default: test)")
+    add("--items", type=int, default=0, help="first so many records of the pool (default: 0 = all)")
+    add("--tiles", help="folder CLASS/REGION_….jpg of real tiles: the linear probe")
+    add("--protocol", help="folder CLASS/GROUP_….jpg: zero-shot, few-shot, image-to-image")
+    add("--prompts", help="class names and templates of --protocol, a JSON file in CONCH's form")
+    add("--labels", default="", help="names for the class folders: folder=name,folder=name")
+    add("--train", help="training part of --protocol, where the data set has an official one")
+    add("--subsets", type=int, default=10, help="few-shot: subsets drawn for each number of shots")
+    add("--out", help="folder of the results: writes clip.json (default: print only)")
+    a = parser.parse_args(argv)
+    if not (a.data or a.tiles or a.protocol):
+        parser.error("nothing to evaluate: give --data, --tiles or --protocol")
+    if any("=" not in part for part in a.labels.split(",") if part):
+        parser.error(f"--labels {a.labels!r}: write folder=name,folder=name")
     if a.data:
         check_images(read_records(f"{a.data}/{a.pool}.jsonl")[:a.items or None])
     with checkpoint.reading(a.model, "--model"):
         model, out = CLIP.from_pretrained(a.model, device="cuda" if torch.cuda.is_available() else "cpu"), {}
-        tokenizer = read_tokenizer(Path(a.model) / "tokenizer.json") if a.data else None
+        tokenizer = read_tokenizer(a.tokenizer or Path(a.model) / "tokenizer.json") if a.data or a.protocol else None
     if a.data:
-        out.update(evaluate_pool(model, tokenizer, a.data, pool=a.pool, items=a.items))
+        out.update(evaluate_pool(model, tokenizer, a.data, pool=a.pool, items=a.items, full=True))
     if a.tiles:
         out["real_tissue"] = real_tissue_probe(model, a.tiles)
+    if a.protocol:
+        labels = dict(part.split("=", 1) for part in a.labels.split(",") if part)
+        out["protocol"] = protocol(model, tokenizer, a.protocol, prompts=a.prompts, names=labels, train=a.train,
+                                   subsets=a.subsets)
+    if a.out:
+        Path(a.out).mkdir(parents=True, exist_ok=True)
+        write_json(Path(a.out) / "clip.json", out)
     print(json.dumps(out, indent=1))
 
 

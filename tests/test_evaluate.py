@@ -2,13 +2,17 @@
 
 import json
 import math
+import os
+import signal
+import time
+from argparse import Namespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from nanopatho import chat, evaluate, presets
+from nanopatho import chat, evaluate, faithful, presets
 from nanopatho.evaluate import (answers, ask, blind, caption_claims, heatmap, interval, judge, paired_gain,
                                 read_lexicon, show_samples, table)
 from nanopatho.data import LETTERS, DataError, Images, question_text
@@ -293,7 +297,7 @@ def test_caption_claims_by_hand(model, tokenizer, data, monkeypatch):
         mask = torch.arange(ids.shape[1]) < torch.tensor([len(r) for r in rows])[:, None]
         return Generation(ids, torch.zeros(ids.shape), mask)
 
-    monkeypatch.setattr(evaluate, "generate", made)
+    monkeypatch.setattr(faithful, "generate", made)
     out = caption_claims(model, tokenizer, data, 100)
     assert out["n"] == 4 and out["claim_accuracy"] == pytest.approx(3 / 5)      # the image holds mucin and no mitoses
     assert out["claim_recall"] == pytest.approx(3 / 8)                          # of material and mitoses, four times
@@ -366,3 +370,181 @@ def test_command_line(model, tokenizer, data, tmp_path, capsys):
         evaluate.main(["--model", str(tmp_path / "nowhere"), "--data", str(data)])
     with pytest.raises(DataError, match="other.jsonl: no such file"):
         evaluate.main(["--model", str(tmp_path / "weights"), "--data", str(data), "--pool", "other"])
+
+
+# --- a benchmark ------------------------------------------------------------------------------------------------------
+
+
+def settings(**changes):
+    return Namespace(**{"prompt": "cot", "samples": 3, "temperature": 1.0, "loglik": "text", "without_image": True,
+                        "rows": 6, "max_new_tokens": 6, "max_pixels": evaluate.MAX_PIXELS, "seed": 0, **changes})
+
+
+@pytest.fixture
+def benchmark(data):
+    """30 questions: choices with two to five options, closed and open ones, in three subsets."""
+    rows, words = [], ["fat", "mucin pools", "keratin", "fat mucin", "keratin fat"]
+    for i in range(30):
+        row = {"id": f"b{i}", "image": f"{i % 4}.png", "question": "Which" + " fat" * (i % 4) + "?",
+               "subset": "PEA"[i % 3], "level": ("easy", "hard")[i % 2], "options": words[:2 + i % 4], "answer": "AB"[i % 2]}
+        if i % 5 == 0:
+            del row["options"]
+            row["answer"] = ("Yes", "no.", "mucin pools of fat")[i // 5 % 3]
+        rows.append(row)
+    (data / "bench.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return data / "bench.jsonl"
+
+
+def test_kinds_of_questions_and_their_prompts(benchmark):
+    records = evaluate.read_benchmark(benchmark)
+    assert [r["_kind"] for r in records[::5]] == ["closed", "closed", "open"] * 2 and records[1]["_kind"] == "choice"
+    closed = [evaluate.as_choice(r) for r in records[:6:5]]
+    assert [(r["options"], r["answer"]) for r in closed] == [(["yes", "no"], "A"), (["yes", "no"], "B")]
+    assert evaluate.as_choice(records[10]) is None and evaluate.as_choice(records[1]) is records[1]
+    user = lambda r, **more: evaluate.ask(r, **more)[1][1]["content"]
+    assert user(records[0]) == "<image>Which?" and user(records[1]) == question_text(records[1])
+    assert user({**records[1], "image": None}) == question_text(records[1]).removeprefix("<image>")
+    assert ask(records[1], "Look well.")[1][0]["content"] == "Look well."              # a system turn of one's own
+    lines = benchmark.read_text().splitlines()
+    benchmark.write_text("\n".join([lines[0], json.dumps({"id": "x", "question": "Why?", "image": "0.png"})]) + "\n")
+    with pytest.raises(DataError, match=r"bench.jsonl:2 id=x: field 'answer' is missing"):
+        evaluate.read_benchmark(benchmark)
+
+
+def test_max_pixels_is_obeyed(model, tokenizer, data):
+    rows = read(data)[:2]
+    grids = [evaluate.prompts(model, tokenizer, rows, "cot", Images(), most)["image_grid_thw"].prod(1).tolist()
+             for most in (evaluate.MAX_PIXELS, 3136)]
+    assert grids[0] == [16, 24] and max(grids[1]) <= 16 and grids[1] != grids[0]
+
+
+def test_option_logps_equal_one_plain_pass_for_each_option(tokenizer, benchmark):
+    torch.manual_seed(2)
+    model = PathoVLM({**presets.VLM["smoke"], "initializer_range": 0.15}).eval()
+    records = [evaluate.as_choice(r) for r in evaluate.read_benchmark(benchmark)[1:7] if evaluate.as_choice(r)]
+    replies = ["<think>I see fat.</think><answer>B</answer>", "<think>cut off in the", ""] * 2
+    images = Images()
+    for form in ("text", "letter"):
+        got = evaluate.option_logps(model, tokenizer, records, replies, form, "cot", images, evaluate.MAX_PIXELS)
+        for record, reply, scores in zip(records, replies, got):
+            head = reply.split("<answer>")[0] if "</think>" in reply else reply and reply + "</think>"
+            totals, shown = [], LETTERS[:len(record["options"])] if form == "letter" else record["options"]
+            for x in shown:
+                turns = [*ask(record)[1], {"role": "assistant", "content": f"{head}<answer>{x}</answer>"}]
+                batch = evaluate.vlm_batch([(record, turns, "chat")], tokenizer, model.config, images=images)
+                labels = batch.pop("labels")[0]
+                with torch.no_grad():
+                    logits = model(**batch)[0]
+                logits[:, list(tokenizer.banned_ids)] = float("-inf")
+                where = (labels != -100).nonzero().flatten()
+                totals.append([float(logits[t - 1].log_softmax(-1)[labels[t]]) for t in where])
+            replies_of = [tokenizer.encode(f"{head}<answer>{x}</answer>") for x in shown]
+            lead = next(n for n in range(99) if len({ids[n] for ids in replies_of}) > 1)
+            for (total, tokens), logps in zip(scores, totals):
+                assert total == pytest.approx(sum(logps[lead:]), abs=2e-4) and tokens == len(logps) - lead
+
+
+def test_killed_five_times_and_on_two_ranks_the_table_is_the_same(model, tokenizer, benchmark, tmp_path):
+    """Real kills: a forked process answers and dies by SIGKILL once a few lines of the journal are written."""
+    records, c, mark = evaluate.read_benchmark(benchmark), settings(without_image=False), {"made": "for a test"}
+
+    def work(name, rank=0, world=1, load=lambda: (model, tokenizer)):
+        (tmp_path / name).mkdir(exist_ok=True)
+        return evaluate.answer_all(load, records, c, tmp_path / name, mark, rank=rank, world=world)
+
+    def table(entries):
+        return json.dumps([evaluate.score_item(r, entries[r["id"]], {}, LEXICON) for r in records])
+
+    want = table(work("whole"))
+    journal, lines = tmp_path / "broken" / "journal-0.jsonl", 1
+    for kill in range(5):
+        pid = os.fork()
+        if pid == 0:
+            try:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+                work("broken")
+            finally:
+                os._exit(0)
+        lines += 2
+        while not (journal.is_file() and journal.read_bytes().count(b"\n") >= lines):
+            time.sleep(0.002)
+        os.kill(pid, signal.SIGKILL)
+        assert os.waitpid(pid, 0)[1] == signal.SIGKILL
+        with open(journal, "ab") as file:                              # the line it was writing
+            file.write(b'{"batch": 14, "entries": [{"id": "b' * (kill % 2))
+    assert table(work("broken")) == want
+    assert work("two", 0, 2) is None                                   # the other half is not there yet
+    assert table(work("two", 1, 2)) == want
+    assert table(work("two", load=None)) == want                       # complete: no model is loaded
+    mark = {"made": "for another"}
+    with pytest.raises(ConfigError, match="journal-0.jsonl holds answers with other settings: made was 'for a test'"):
+        work("whole")
+    journal.write_bytes(journal.read_bytes().replace(b'"batch": 3', b'"batch": x'))
+    with pytest.raises(ConfigError, match=r"broken.*journal-0.jsonl, line \d+: not JSON"):
+        evaluate.read_journal(tmp_path / "broken", {})
+
+
+def entry(text, *samples, cut=False, **more):
+    return {"greedy": (text, cut), "samples": [(t, False) for t in samples], **more}
+
+
+def test_items_and_table_by_hand():
+    records = [record(0, subset="P", _kind="choice", _root=""), record(1, subset="P", _kind="choice", _root=""),
+               record(2, subset="S", _kind="closed", options=None, answer="No.", _root=""),
+               record(3, subset="S", _kind="open", options=None, answer="mucin pools", _root="")]
+    entries = [entry(say("mucin pools", "B"), say("x", "B"), say("x", "B"), say("x", "A"), "x",
+                     loglik=[(-3, 1), (-2, 1), (-9, 9)]),
+               entry("I say B", say("x", "A"), say("x", "B"), "", "", cut=True, blind=(say("x", "B"), False)),
+               entry(say("x", "no, none")), entry(say("x", "pools"))]
+    items = [evaluate.score_item(r, e, {"random": 1 / 3}, LEXICON) for r, e in zip(records, entries)]
+    n = [i["numbers"] for i in items]
+    assert n[0] == pytest.approx({
+        "accuracy": 1, "unreadable": 0, "lenient": 1, "sampled": 0.5, "sampled_unreadable": 0.25, "majority": 1,
+        "pass@2": 1 - 1 / 6, "pass@4": 1, "loglik": 1, "loglik_per_token": 0, "blind: random": 1 / 3})
+    assert n[1]["accuracy"] == n[1]["lenient"] == 0 and n[1]["majority"] == 0.5 and n[1]["without_image"] == 1
+    assert items[1]["why"] == "cut off at --max_new_tokens" and items[0]["why"] is None
+    assert n[2]["accuracy"] == 1 and n[3] == {"f1": pytest.approx(2 / 3), "recall": 0.5, "open_unreadable": 0}
+    out = evaluate.tabulate(items, {"P": 1, "S": 3})
+    assert out["overall"]["accuracy"]["value"] == pytest.approx(2 / 3) and out["overall"]["f1"]["n"] == 1
+    assert out["by_subset"]["P"]["accuracy"]["value"] == 0.5 and out["by_kind"]["closed"]["accuracy"]["n"] == 1
+    assert out["size_weighted"]["accuracy"]["value"] == pytest.approx(0.25 * 0.5 + 0.75 * 1)
+    assert out["calibration"]["brier"] == pytest.approx((0.5 ** 2 + 0.25 ** 2) / 2)
+    assert out["why"] == {items[1]["why"]: 1}
+    json.dumps(out, allow_nan=False)
+    other = [dict(i, numbers=dict(i["numbers"], accuracy=1.0)) if "accuracy" in i["numbers"] else i for i in items]
+    test = evaluate.compare(items, other)
+    assert test["accuracy"]["gain"] == pytest.approx(1 / 3) and test["accuracy, P"]["better"] == test["f1"]["p"] == 1
+    with pytest.raises(ConfigError, match="1 of 4 questions are not the same.*'q3'"):
+        evaluate.compare(items, [*other[:3], dict(other[3], answer="fat")])
+
+
+@pytest.mark.parametrize("text,why,lenient", [
+    ("B", "no <answer> block", 1), ("<think>x</think><answer>B", "not closed", 1),
+    (say("x", "A") + "<answer>B</answer>", "several", 1), ("<answer>B</answer>", "no <think> block", 1),
+    ("so " + say("x", "B"), "outside the blocks", 1), (say("", "B"), "an empty block", 1),
+    (say("x", "A or B"), "names no option", None), ("<think>it is B</think> (B)", "no <answer> block", 1)])
+def test_why_an_answer_is_not_read(text, why, lenient):
+    item = evaluate.score_item(record(_kind="choice", _root=""), entry(text), {}, {})
+    assert why in item["why"] and item["numbers"]["unreadable"] == 1 and item["numbers"]["accuracy"] == 0
+    assert item["numbers"]["lenient"] == float(lenient == 1)
+
+
+def test_command_qa(model, tokenizer, benchmark, tmp_path, capsys):
+    model.save_pretrained(tmp_path / "weights"), tokenizer.save(tmp_path / "weights")
+    fields = dict(model=tmp_path / "weights", data=benchmark, max_new_tokens=4, samples=2, loglik="letter", items=12)
+    call = lambda **more: evaluate.main(["qa", "--without_image", *[
+        x for k, v in {**fields, **more}.items() for x in (f"--{k}", str(v))]])
+    call(out=tmp_path / "one")
+    assert "image withheld" in capsys.readouterr().out and (tmp_path / "one" / "report.html").is_file()
+    call(out=tmp_path / "two", compare=tmp_path / "one", benchmark="pathmmu-test")
+    shown = capsys.readouterr().out
+    assert "NOT RUN HERE" in shown and "Patho-R1-7B" in shown and "p = 1" in shown
+    results = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two")]
+    assert results[0]["overall"] == results[1]["overall"] and results[0]["overall"]["blind: random"]["n"] == 11
+    with pytest.raises(ConfigError, match="--benchmark none: not in"):
+        call(benchmark="none")
+    with pytest.raises(ConfigError, match="other settings: .*seed was 0, is 1"):
+        call(out=tmp_path / "one", seed=1)
+    (tmp_path / "weights" / "model.safetensors").write_bytes(b"x" * 100)
+    with pytest.raises(ConfigError, match="other settings: .*model was"):
+        call(out=tmp_path / "one")

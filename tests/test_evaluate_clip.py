@@ -150,6 +150,97 @@ def test_leave_one_group_out_never_trains_on_the_group():
         ev.leave_one_group_out(candidates, y, ["a"] * 90)
 
 
+def test_full_retrieval_against_brute_force_with_doubles():
+    g = torch.Generator().manual_seed(4)
+    image = torch.randn(40, 6, generator=g)
+    text = image + 1.5 * torch.randn(40, 6, generator=g)
+    captions, pictures = [f"c{i % 33}" for i in range(40)], [f"p{i // 2}" if i < 6 else f"p{i}" for i in range(40)]
+    text[33:] = text[:7]                                              # one caption, one vector
+    got = ev.full_retrieval(image, text, captions, pictures, ks=(1, 5), rows=16)
+    assert got["n"] == 40 and got["duplicates"] == 14                 # seven captions stand twice
+    for name, (query, key) in {"i2t": (image, text), "t2i": (text, image)}.items():
+        for k in (1, 5):
+            hits, own = [], []
+            for i in range(40):
+                cosine = [float(torch.cosine_similarity(query[i], key[j], dim=0)) for j in range(40)]
+                good = [j for j in range(40) if captions[j] == captions[i] or pictures[j] == pictures[i]]
+                best = max(cosine[j] for j in good)
+                hits.append(sum(c >= best - 1e-7 for j, c in enumerate(cosine) if j not in good) < k)
+                own.append(sum(c >= cosine[i] - 1e-7 for j, c in enumerate(cosine) if j != i) < k)
+            assert got[name][f"r{k}"] == pytest.approx(np.mean(hits))
+            assert got[name][f"r{k}_own"] == pytest.approx(np.mean(own))
+    # the trap of the published script: doubles are misses, and one direction stands for both
+    assert got["i2t"]["r1_own"] < got["i2t"]["r1"] and got["i2t"] != got["t2i"]
+
+
+def test_image_retrieval_against_brute_force_and_the_leak():
+    rng = np.random.default_rng(0)
+    groups = [f"g{i // 10}" for i in range(60)]
+    y = torch.tensor([i // 10 % 2 for i in range(60)])
+    x = torch.tensor(rng.normal(size=(60, 5)) + 6 * np.repeat(rng.normal(size=(6, 5)), 10, 0))   # as slides do
+    got = ev.image_retrieval(x, y, groups, ks=(1, 5))
+    unit, hits, votes = torch.nn.functional.normalize(x, dim=1).numpy(), {1: [], 5: []}, []
+    for i in range(60):
+        order = sorted((j for j in range(60) if groups[j] != groups[i]), key=lambda j: -unit[i] @ unit[j])
+        for k in hits:
+            hits[k].append(any(y[j] == y[i] for j in order[:k]))
+        votes.append(sum(int(y[j] == y[i]) for j in order[:5]) >= 3)
+    assert got == pytest.approx({"r1": np.mean(hits[1]), "r5": np.mean(hits[5]), "majority5": np.mean(votes)})
+    assert ev.image_retrieval(x, y)["r1"] > got["r1"] + 0.3           # with the own slide allowed it finds neighbours
+
+
+def blobs(n=240, groups=6, shift=0.0, seed=0):
+    """Features of three classes; each group adds a place of its own (shift), as slides do."""
+    rng = np.random.default_rng(seed)
+    y, which = rng.integers(3, size=n), rng.integers(groups, size=n)
+    x = rng.normal(size=(n, 8)) + 1.2 * np.eye(8)[y] + shift * rng.normal(size=(groups, 8))[which]
+    return torch.tensor(x), torch.tensor(y), [f"g{w}" for w in which]
+
+
+def test_few_shot_equals_scikit_learn():
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    x, y, groups = blobs()
+    got = ev.few_shot(x, y, groups, shots=(2, 8), subsets=3)
+    for n in (2, 8, "all"):
+        found = []
+        for s in range(3 if n != "all" else 1):
+            rng, guess = np.random.default_rng(42 + s), np.empty(240, int)
+            for g in sorted(set(groups)):
+                inside, judged = (np.array(groups) != g).nonzero()[0], (np.array(groups) == g).nonzero()[0]
+                if n != "all":
+                    inside = np.concatenate([inside[y[inside] == k][rng.choice(int((y[inside] == k).sum()), n, False)]
+                                             for k in range(3)])
+                fit = linear_model.LogisticRegression(C=1.0, tol=1e-10, max_iter=10000).fit(x[inside], y[inside])
+                guess[judged] = fit.predict(x[judged])
+                w, b = ev.probe_fit(x[inside], y[inside], 1.0, 3)
+                np.testing.assert_allclose((x[judged] @ w.T + b).softmax(1), fit.predict_proba(x[judged]), atol=1e-6)
+            found.append(float((guess == y.numpy()).mean()))
+        assert got[str(n)]["accuracy"] == pytest.approx(np.mean(found))
+        assert got[str(n)]["std"] == pytest.approx(np.std(found))
+    assert got["8"]["subsets"] == 3 and got["all"]["accuracy"] > got["2"]["accuracy"]
+
+
+def test_few_shot_traps_leak_and_failed_subsets():
+    x, y, groups = blobs(shift=4.0)
+    # a slide has mostly one class
+    y = torch.tensor([int(g[1]) % 3 if i % 10 else int(y[i]) for i, g in enumerate(groups)])
+    leaking, grouped = (ev.few_shot(x, y, g, shots=(8,), subsets=2) for g in (None, groups))
+    assert "WARNING" in leaking["split"] and "6 groups" in grouped["split"]
+    assert leaking["all"]["accuracy"] > grouped["all"]["accuracy"] + 0.3
+    scarce = ev.few_shot(x, torch.where(torch.arange(240) < 6, 3, y), groups, shots=(2, 128), subsets=2)
+    assert "only" in scarce["128"]["impossible"] and "accuracy" not in scarce["128"]    # told, not left out
+    train = ev.few_shot(x[:40], y[:40], train=(x[40:], y[40:]), shots=(2,), subsets=2)
+    assert train["split"] == "the training part that was given" and 0 < train["2"]["accuracy"] <= 1
+
+
+def test_crop_comes_after_the_resize():
+    """PLIP's preparation cuts with coordinates of the picture before it was resized: off centre, or beyond the edge."""
+    from nanopatho.image import clip_pixels
+    picture = np.zeros((100, 300, 3), np.uint8)
+    picture[:, 100:200] = 255                                         # the middle third is white
+    assert float(clip_pixels([picture], 50).amin()) > 1.5             # 100 x 300 -> 50 x 150 -> its middle 50
+
+
 # --- on files ---------------------------------------------------------------------------------------------------------
 LEXICON = {"H&E": {"material": {"fat": ["fat"], "mucin": ["mucin pools"], "!fat": ["no fat"]},
                    "mitoses": {"absent": ["no mitoses"], "frequent": ["frequent mitoses"]}}}
@@ -292,6 +383,35 @@ def test_real_tiles():
     assert out["classes"] == ["non_tumor", "tumor"] and out["majority"]["n"] == 218
     assert out["majority"]["value"] == pytest.approx(118 / 218)
     assert 0.5 < out["colour"]["value"] < 0.65 and out["tower"]["n"] == 218
+
+
+def test_protocol_on_the_real_tiles(tmp_path, capsys):
+    """All of Patho-CLIP's protocol on tiles of three regions; numbers of a random tower, so only what holds for any."""
+    folder = Path(os.environ.get("NANOPATHO_SHARED", ROOT.parent / "shared")) / "data" / "bcss"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is absent: the real H&E tiles are not part of the repository (set NANOPATHO_SHARED)")
+    torch.manual_seed(0)
+    CLIP(presets.CLIP["smoke"]).save_pretrained(tmp_path / "clip")
+    train_clip.clip_tokenizer(["tumor tissue, other tissue"], 1024).save(str(tmp_path / "clip" / "tokenizer.json"))
+    prompts = {"0": {"classnames": {"tumor": ["tumor", "carcinoma"], "non_tumor": ["stroma"], "bone": ["bone"]},
+                     "templates": ["CLASSNAME", "CLASSNAME tissue"]}}
+    (tmp_path / "prompts.json").write_text(json.dumps(prompts))
+    call = ["--model", str(tmp_path / "clip"), "--protocol", str(folder), "--subsets", "2", "--labels",
+            "non_tumor=other tissue"]
+    ev.main([*call, "--prompts", str(tmp_path / "prompts.json"), "--out", str(tmp_path)])
+    out = json.loads((tmp_path / "clip.json").read_text())["protocol"]
+    assert out["groups"] == ["roi1008", "roi1015", "roi1019"] and out["n"] == 218 and out["majority"] == 118 / 218
+    assert set(out["zero_shot"]) == {"file", "quiltnet", "plip", "pathgen", "ours"}
+    assert out["zero_shot"]["file"]["recall"]["bone"] is None
+    for numbers in out["zero_shot"].values():
+        assert numbers["accuracy_ci"][0] <= numbers["accuracy"] <= numbers["accuracy_ci"][1]
+    few = out["few_shot"]
+    assert "3 groups" in few["split"] and "impossible" in few["128"] and few["16"]["subsets"] == 2
+    assert out["pictures_with_own_group"]["r1"] > out["pictures"]["r1"]            # neighbours find each other
+    prompts["0"]["classnames"].pop("tumor")
+    (tmp_path / "prompts.json").write_text(json.dumps(prompts))
+    with pytest.raises(DataError, match="prompts.json: has no class tumor"):
+        ev.main([*call, "--prompts", str(tmp_path / "prompts.json")])
 
 
 def test_restain_scales_optical_density():
