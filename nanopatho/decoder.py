@@ -45,14 +45,11 @@ class KVCache:
         self.v[layer, :, :, self.length:end] = v
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
-    def take(self, rows: Tensor, extra: int) -> "KVCache":
-        """A new cache holding these rows (repeats allowed), with room for `extra` more tokens."""
-        layers, _, heads, _, width = self.k.shape
-        new = KVCache(layers, len(rows), heads, self.length + extra, width, self.k.dtype, self.k.device)
-        new.k[..., :self.length, :] = self.k[:, rows, :, :self.length]
-        new.v[..., :self.length, :] = self.v[:, rows, :, :self.length]
-        new.length = self.length
-        return new
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """Attention of new tokens: q (B, Hq, T, D) over the kept keys and k, v (B, Hk, T, D) -> (B, Hq, T, D). Whatever is
+        given to Decoder.forward as `cache` has this method: generate.py and packed.py bring their own."""
+        k, v = self.append(layer, k, v)
+        return attention(q, k, v, causal=mask is None and q.shape[2] > 1, mask=mask)
 
 
 class Attention(nn.Module):
@@ -70,9 +67,10 @@ class Attention(nn.Module):
         q = rotate(self.q_proj(x).view(B, T, self.heads, -1), cos, sin).transpose(1, 2)  # (B, Hq, T, D)
         k = rotate(self.k_proj(x).view(B, T, self.kv_heads, -1), cos, sin).transpose(1, 2)  # (B, Hk, T, D)
         v = self.v_proj(x).view(B, T, self.kv_heads, -1).transpose(1, 2)
-        if cache is not None:
-            k, v = cache.append(layer, k, v)
-        y = attention(q, k, v, causal=mask is None and T > 1, mask=mask)
+        if cache is None:
+            y = attention(q, k, v, causal=mask is None, mask=mask)
+        else:
+            y = cache.attend(layer, q, k, v, mask)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 

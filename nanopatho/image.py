@@ -7,6 +7,7 @@ open_clip (resize, centre crop, normalise). Needs PIL, numpy, torch; may be copi
 Letters: N images, P patches over all images, G_h, G_w patches down and across one image.
 """
 
+import json
 import math
 import struct
 import zlib
@@ -20,6 +21,10 @@ from torch import Tensor
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073])  # CLIP's statistics of natural images, used by both families
 STD = np.array([0.26862954, 0.26130258, 0.27577711])
 PATCH, MERGE, FRAMES = 14, 2, 2  # Qwen2.5-VL: patch side, patches along a merged cell, a still image is 2 equal frames
+# preprocessor_config.json as published with Qwen2.5-VL
+PREPROCESSOR = dict(image_processor_type="Qwen2VLImageProcessor", processor_class="Qwen2_5_VLProcessor",
+                    min_pixels=3136, max_pixels=12_845_056, patch_size=PATCH, temporal_patch_size=FRAMES,
+                    merge_size=MERGE, image_mean=MEAN.tolist(), image_std=STD.tolist())
 SCALE, SHIFT = (1 / 255 / STD).astype(np.float32), (-MEAN / STD).astype(np.float32)  # (x/255 - MEAN) / STD in one go
 
 # What PIL's decoders raise on damaged files; a plain OSError is the usual one, the others come out of single formats.
@@ -93,6 +98,30 @@ def smart_resize(height: int, width: int, min_pixels: int = 3136, max_pixels: in
         grow = math.sqrt(min_pixels / (height * width))
         h, w = (math.ceil(x * grow / side) * side for x in (height, width))
     return h, w
+
+
+def pixel_limits(folder: str | Path) -> tuple[int, int]:
+    """min_pixels, max_pixels of a model folder's preprocessor_config.json; the published ones if it has none.
+
+    Newer files call them size.shortest_edge and size.longest_edge. ValueError if the file asks for another processing
+    than qwen_pixels does.
+    """
+    path = Path(folder) / "preprocessor_config.json"
+    if not path.is_file():
+        return PREPROCESSOR["min_pixels"], PREPROCESSOR["max_pixels"]
+    try:
+        asked = json.loads(path.read_text(encoding="utf-8"))
+        other = [name for name in ("patch_size", "temporal_patch_size", "merge_size", "image_mean", "image_std")
+                 if asked.get(name) not in (None, PREPROCESSOR[name])]
+        size = asked.get("size") or {}
+        low, high = (asked.get(a) or size.get(b) or PREPROCESSOR[a]
+                     for a, b in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")))
+    except (ValueError, AttributeError) as error:  # not JSON; not an object
+        raise ValueError(f"{path}: not a JSON object ({error}); copy it again from the model") from error
+    if other:
+        raise ValueError(f"{path}: {other[0]} is {asked[other[0]]}, Qwen2.5-VL's is {PREPROCESSOR[other[0]]}; it "
+                         "belongs to another model: put the right one there")
+    return low, high
 
 
 def patchify(images: np.ndarray) -> np.ndarray:

@@ -123,7 +123,8 @@ def parse(Config, stage, argv=None):
 
     >>> # python train_sft.py --preset tiny --lr 5e-4     dataclass default < TRAIN["tiny"]["sft"] < --lr
     Unknown presets and fields end the program with the list of known ones (exit code 2), before anything is read; so do
-    values out of range: a number below metadata["least"] (0 if not given), a name not among metadata["parts"].
+    values out of range: a number below metadata["least"] (0 if not given), a name not among metadata["parts"]. With
+    --dry-run the plan of the run (plan.py) is printed and the program ends (exit code 0).
     """
     argv = sys.argv[1:] if argv is None else argv
     known = list(CLIP if stage == "clip" else VLM)
@@ -136,7 +137,12 @@ def parse(Config, stage, argv=None):
         parser.add_argument(f"--{f.name}", type=kind, metavar=getattr(f.type, "__name__", str(f.type)),
                             choices=f.metadata.get("choices"),
                             help=f"{f.metadata.get('help', '')} (default: {f.default})")
+    parser.add_argument("--dry-run", action="store_true", help="print parameters, memory per GPU and tensor names")
+    parser.add_argument("--world", type=int, default=1, metavar="int", help="GPUs --dry-run reckons with (default: 1)")
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
+    dry_run, world = given.pop("dry_run"), given.pop("world")
+    if world < 1:
+        parser.error(f"--world {world}: must be 1 or more")
     preset = given.get("preset", next(f.default for f in fields if f.name == "preset"))
     if preset not in known:
         parser.error(f"unknown preset '{preset}': choose one of {', '.join(known)}")
@@ -150,6 +156,14 @@ def parse(Config, stage, argv=None):
             parser.error(f"--{f.name} {value}: must be {least} or more")
         if parts and not set(str(value).split(",")) <= set(parts):
             parser.error(f"--{f.name} {value}: choose from {', '.join(parts)}, joined by commas")
+    if dry_run:
+        from .plan import describe
+        try:
+            text = describe(Config(**{**fields_of_preset, **given}), stage, world)
+        except (ValueError, OSError) as error:                       # --init that does not fit
+            parser.error(str(error))
+        print(text)
+        parser.exit()
     if preset in PUBLISHED and "init" in {f.name for f in fields} and not given.get("init"):
         parser.error(f"--preset {preset} needs --init FOLDER: published sizes start from published weights (config.json, "
                      "model.safetensors, tokenizer.json), not from random ones")

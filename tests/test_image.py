@@ -1,5 +1,6 @@
 """Pixels against transformers' own processors, and the files nobody should train on."""
 
+import json
 import struct
 import zlib
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from nanopatho.image import ImageError, clip_pixels, open_image, qwen_pixels, smart_resize, to_rgb
+from nanopatho.image import ImageError, clip_pixels, open_image, pixel_limits, qwen_pixels, smart_resize, to_rgb
 
 
 def picture(width, height, mode="RGB", seed=0):
@@ -80,6 +81,19 @@ def test_smart_resize_equals_the_reference():
 def test_wrong_arrays_are_refused(shape, dtype):
     with pytest.raises(ImageError, match="uint8"):
         qwen_pixels([np.zeros(shape, dtype)])
+
+
+def test_limits_come_from_the_model_folder(tmp_path):
+    assert pixel_limits(tmp_path) == (3136, 12_845_056)                # as published
+    for asked in (dict(min_pixels=50_176, max_pixels=1_003_520),
+                  dict(size=dict(shortest_edge=50_176, longest_edge=1_003_520))):
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(asked))
+        assert pixel_limits(tmp_path) == (50_176, 1_003_520)
+    for content, says in (('{"patch_size": 16}', "patch_size is 16, Qwen2.5-VL's is 14"), ("[]", "not a JSON object"),
+                          ('{"image_mean": [0.5, 0.5, 0.5]}', "image_mean"), ("{", "not a JSON object")):
+        (tmp_path / "preprocessor_config.json").write_text(content)
+        with pytest.raises(ValueError, match=rf"{tmp_path}/preprocessor_config.json: .*{says}"):
+            pixel_limits(tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------------- CLIP

@@ -69,6 +69,12 @@ def test_mistakes_end_with_two_and_the_list(argv, says, capsys):
     assert all(word in message for word in says), message
 
 
+def test_dry_run_ends_with_the_plan_and_needs_no_init(capsys):
+    with pytest.raises(SystemExit) as ended:
+        presets.parse(train_sft.Config, "sft", ["--preset", "7b", "--dry-run"])
+    assert not ended.value.code and capsys.readouterr().out.startswith("sft, 7b: 8,292,166,656 parameters")
+
+
 def test_clip_has_its_own_presets(capsys):
     with pytest.raises(SystemExit) as ended:
         parse("--preset", "7b", stage="clip")

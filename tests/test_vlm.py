@@ -8,6 +8,7 @@ import torch
 
 from nanopatho.attention import attention, padded_causal_mask, rotary_tables, rotate, segment_attention, segments
 from nanopatho.decoder import KVCache
+from nanopatho.generate import generate
 from nanopatho.projector import RMSNorm
 from nanopatho.vit import window_order
 from nanopatho.vlm import PathoVLM, mrope_positions, parse_config, trainable
@@ -141,6 +142,7 @@ def test_logits_loss_and_gradients(pair, name, pad):
 
     logits, expected = ours(ids, pixels, grid, mask), reference_logits(reference, ids, mask, pixels, grid)
     torch.testing.assert_close(logits[real], expected[real], atol=5e-5, rtol=0)
+    torch.testing.assert_close(*(x[real].log_softmax(-1) for x in (logits, expected)), atol=5e-5, rtol=0)
 
     trained = real & (ids != IMAGE) & (torch.rand(ids.shape, generator=torch.Generator().manual_seed(1)) < 0.7)
     trained[:, 1:] &= real[:, :-1]  # the first real token has nothing before it
@@ -160,6 +162,19 @@ def test_logits_loss_and_gradients(pair, name, pad):
     assert grads[0].keys() == grads[1].keys()
     for n, g in grads[0].items():
         torch.testing.assert_close(g, grads[1][n], atol=3e-5 * norms[1], rtol=1e-4, msg=lambda m: f"{n}: {m}")
+
+
+@torch.no_grad()
+def test_greedy_text_of_a_left_padded_batch(pair):
+    ours, reference = pair
+    ids, mask, pixels, grid = prompt([[(8, 8)], [], [(4, 12), (6, 10)]], 12, "left")
+    reference.model.rope_deltas = None
+    theirs = reference.generate(input_ids=ids, attention_mask=mask, pixel_values=pixels, image_grid_thw=grid,
+                                mm_token_type_ids=(ids == IMAGE).int(), max_new_tokens=8, do_sample=False,
+                                eos_token_id=None, pad_token_id=0)
+    mine = generate(ours, ids, pixels, grid, attention_mask=mask, max_new_tokens=8, temperature=0, eos_token_ids=[],
+                    pad_token_id=0)
+    assert torch.equal(mine.ids, theirs[:, ids.shape[1]:])
 
 
 @torch.no_grad()
