@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nanopatho import checkpoint, presets
+from nanopatho import checkpoint, distributed, presets
 from nanopatho.chat import clip_ids, clip_tokenizer, read_tokenizer
 from nanopatho.clip import CLIP, clip_loss
 from nanopatho.data import DataError, Images, augment, check_images, read_records, shuffled
@@ -34,7 +34,7 @@ from nanopatho.evaluate import read_lexicon
 from nanopatho.evaluate_clip import evaluate_pool, read_prompts, text_of
 from nanopatho.image import clip_pixels
 from nanopatho.optim import Optimizers
-from nanopatho.log import Run, check_finite, run_main, write_json
+from nanopatho.log import Run, check_finite, flops, speed, write_json
 
 
 def say(default, help, **more):
@@ -63,6 +63,12 @@ class Config:
     partial: float = say(0.0, "share of texts shown in part: a random choice of their phrases")
     eval_items: int = say(1000, "held-out records used by the evaluation at the end, 0 = none")
     save_every: int = say(500, "steps between checkpoints, 0 = only at the end")
+    micro_batch: int = say(0, "pairs per pass of one process, 0 = its whole share; does not change the result, but smaller "
+                              "ones are encoded twice: every loss needs all features of the batch")
+    recompute: bool = say(False, "keep only each block's inputs for the backward pass: less memory, a third more work")
+    compile: bool = say(False, "torch.compile for each block")
+    max_skipped: int = say(0, "steps with a loss or gradient that is not finite, passed over before the run stops")
+    profile: int = say(0, "steps to trace into trace.json, after three to warm up")
     threads: int = say(0, "CPU threads, 0 = all")
 
 
@@ -89,8 +95,17 @@ def draw_texts(rows, joint, partial, rng):
         text = r["caption"] if joint and (not r.get("morphology") or rng.random() < 0.5) else r["morphology"]
         known.append({*phrases(r["caption"]), *phrases(r.get("morphology") or "")})
         texts.append(shorten(text, rng) if phrases(text) and rng.random() < partial else text)
-    said = [set(phrases(t)) for t in texts]
-    return texts, torch.tensor([[s <= k for s in said] for k in known])
+    known_by, also_true = {}, torch.zeros(len(rows), len(rows), dtype=torch.bool)
+    for i, said in enumerate(known):
+        for phrase in said:
+            known_by.setdefault(phrase, set()).add(i)
+    for j, text in enumerate(texts):                                 # by phrase, not by pair: pairs are many, twins few
+        having = [known_by.get(phrase, set()) for phrase in phrases(text)]
+        also_true[list(min(having, key=len).intersection(*having)) if having else slice(None), j] = True
+    return texts, also_true
+
+
+NOTHING = np.zeros((1, 1, 3), np.uint8)                              # in place of another process's picture
 
 
 def restain(picture, strength, rng):
@@ -104,7 +119,8 @@ def main(argv=None):
     # ------------------------------------------------------------------------------------------------ config, device
     c = presets.parse(Config, "clip", argv)
     checkpoint.check_out(c, "clip")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device, rank, world = distributed.start()                        # torchrun or not: see nanopatho/distributed.py
+    mine = distributed.share(c.batch_size)                           # which pairs of each batch this process encodes
     if c.threads:
         torch.set_num_threads(c.threads)
     torch.manual_seed(c.seed)
@@ -141,54 +157,95 @@ def main(argv=None):
     else:
         tokenizer = clip_tokenizer([t for r in records for t in (r["caption"], r.get("morphology")) if t],
                                    model.config["text_config"]["vocab_size"])
-    model.to(device).train()
+    model.to(device).train()                                         # whole on every process: the gradients are added up
+    towers = model.vision_model.encoder, model.text_model.encoder
+    for tower in towers:
+        tower.recompute = c.recompute
+        for block in tower.layers if c.compile else []:
+            block.forward = torch.compile(block.forward)
     context, size = model.config["text_config"]["max_position_embeddings"], model.config["vision_config"]["image_size"]
-    print(f"clip: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(with_morphology)} + "
-          f"{len(records)} pairs, {device}")
+    if rank == 0:
+        print(f"clip: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(with_morphology)} + "
+              f"{len(records)} pairs, {device}")
 
     # ------------------------------------------------------------------------------------------------ optimizer
     parameters = list(model.parameters())
     optimizer = Optimizers(model, c.lr, c.weight_decay, c.optimizer, betas=(0.9, 0.98), eps=1e-6)  # OpenAI's values
     state = checkpoint.resume(c.out, model, optimizer)
-    first = state["step"] if state else 0
+    first, skipped = (state["step"], state.get("skipped", [])) if state else (0, [])
     for step in range(first):                                        # replay the order: cheaper than storing it
         next(orders[step >= c.steps_morphology])
-    run = Run(c.out, c, total, "clip", first)
-    tokenizer.save(f"{c.out}/tokenizer.json")
+    run = Run(c.out, c, total, "clip", first, c.profile)
+    if rank == 0:
+        tokenizer.save(f"{c.out}/tokenizer.json")
+
+    def encode(pictures, texts):
+        """-> image and text features (b, E) each, tokens. Equal texts are encoded once, and the batch is cut to its longest
+        text: both change nothing but the time."""
+        unique = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+        ids = clip_ids(tokenizer, list(unique), context)                      # (unique texts, T)
+        ids = ids[:, :int(ids.argmax(1).max()) + 1].to(device)                # the end token has the highest id
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
+            image_features = model.encode_image(clip_pixels(pictures, size).to(device))    # (b, E)
+            text_features = model.encode_text(ids)[[unique[t] for t in texts]]             # (b, E)
+        return image_features, text_features, ids.numel()
 
     # ------------------------------------------------------------------------------------------------ loop
     for step in range(first, total):
         lr = c.lr * min((step + 1) / max(1, c.warmup), 0.5 * (1 + math.cos(math.pi * step / total)))
         joint = step >= c.steps_morphology
         rows, rng = [pools[joint][i] for i in next(orders[joint])], np.random.default_rng([c.seed, 2, step])
-        pictures = [images(r)[0] for r in rows]
+        # Every process draws for the whole batch, so that a pair looks the same whoever encodes it, but opens its own only.
+        pictures = [images(r)[0] if i in range(c.batch_size)[mine] else NOTHING for i, r in enumerate(rows)]
         if c.augment:
             pictures = [augment(p, rng) for p in pictures]
         if c.stain:
             pictures = [restain(p, c.stain, rng) for p in pictures]
         texts, also_true = draw_texts(rows, joint, c.partial, rng)            # also_true (B, B)
-        # Equal texts are encoded once, and the batch is cut to its longest text: both change nothing but the time.
-        unique = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-        ids = clip_ids(tokenizer, list(unique), context)                      # (unique texts, T)
-        ids = ids[:, :int(ids.argmax(1).max()) + 1].to(device)                # the end token has the highest id
-        with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
-            image_features = model.encode_image(clip_pixels(pictures, size).to(device))    # (B, E)
-            text_features = model.encode_text(ids)[[unique[t] for t in texts]]             # (B, E)
-        loss = clip_loss(image_features, text_features, model.logit_scale, also_true.to(device))
+        parts = list(zip(distributed.pieces(pictures[mine], c.micro_batch), distributed.pieces(texts[mine], c.micro_batch)))
+
+        # 1. The features of this process's pairs; of several micro-batches without a graph, which is made again in step 3.
+        with torch.set_grad_enabled(len(parts) == 1):
+            found = [encode(*part) for part in parts]
+        # 2. The loss compares all pairs of all processes: its gradient with respect to every feature.
+        features = [distributed.gather(torch.cat(f).float()).requires_grad_() for f in list(zip(*found))[:2]]  # (B, E)
+        loss = clip_loss(*features, model.logit_scale, also_true, mine if world > 1 else None)
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(parameters, c.clip_norm)
-        check_finite(step, rows, loss=loss.item(), grad_norm=norm.item())
-        optimizer.step(lr)
-        with torch.no_grad():
-            model.logit_scale.clamp_(0, math.log(c.max_logit_scale))
-        run.step(step, loss=loss.item(), grad_norm=norm.item(), lr=lr, logit_scale=model.logit_scale.exp().item(),
-                 unique_texts=len(unique), phase=1 + joint)
-        if (c.save_every and (step + 1) % c.save_every == 0) or step + 1 == total:
-            checkpoint.save(c.out, model, optimizer, {"step": step + 1})
+        gradients = [g[mine] for g in distributed.add_up([f.grad for f in features])]
+        # 3. From the features on into the towers.
+        at = 0
+        for part, f in zip(parts, found):
+            n = len(part[0])
+            f = encode(*part) if len(parts) > 1 else f
+            torch.autograd.backward(f[:2], [g[at:at + n].to(f[0].dtype) for g in gradients])
+            at += n
+        distributed.add_up([p.grad for p in parameters])
+        loss, norm = distributed.read(loss.detach(), distributed.clip_gradients(parameters, c.clip_norm))
+        if check_finite(step, rows, skipped, c.max_skipped, loss=loss, grad_norm=norm):
+            optimizer.step(lr)
+            with torch.no_grad():
+                model.logit_scale.clamp_(0, math.log(c.max_logit_scale))
+            numbers = dict(loss=loss, grad_norm=norm)
+        else:
+            optimizer.zero_grad()
+            numbers = dict(skipped=len(skipped))
+        tokens = distributed.total(sum(f[2] for f in found))
+        patches = c.batch_size * model.vision_model.embeddings.position_embedding.num_embeddings
+        note = speed(run.lap(), tokens + patches, flops((towers[0], patches), (towers[1], tokens)), world)
+        run.step(step, note=note, **numbers, lr=lr, logit_scale=model.logit_scale.exp().item(),
+                 unique_texts=len(set(texts)), phase=1 + joint)
+        stopped = distributed.asked_to_stop()
+        if stopped or (c.save_every and (step + 1) % c.save_every == 0) or step + 1 == total:
+            checkpoint.save(c.out, model, optimizer, {"step": step + 1, "skipped": skipped})
+        if stopped:
+            distributed.stop(step + 1)
 
     # ------------------------------------------------------------------------------------------------ evaluate, save
     seconds = run.seconds()
     run.close()
+    distributed.leave()
+    if rank:                                                         # the first process alone goes on
+        return
     results = {"seconds": round(seconds, 1)}
     if evaluated:
         for name, value in evaluate_pool(model, tokenizer, c.data, items=c.eval_items, images=images).items():
@@ -201,4 +258,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run_main(main)
+    distributed.launch(main)

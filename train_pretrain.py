@@ -16,11 +16,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from nanopatho import checkpoint, presets
+from nanopatho import checkpoint, distributed, presets
 from nanopatho.chat import ChatTokenizer, train_tokenizer
 from nanopatho.data import Images, caption_row, check_images, question_text, read_records, shuffled, vlm_batch
 from nanopatho.evaluate import caption_claims, check_facts, read_lexicon
-from nanopatho.log import Run, check_finite, run_main, write_json
+from nanopatho.log import Run, check_finite, speed, vlm_flops, write_json
 from nanopatho.optim import Optimizers
 from nanopatho.vlm import PathoVLM, trainable
 
@@ -49,6 +49,12 @@ class Config:
     augment: bool = say(True, "turn and mirror images (tissue has no up)")
     eval_items: int = say(128, "held-out captions written and checked at the end")
     save_every: int = say(500, "steps between checkpoints, 0 = only at the end")
+    micro_batch: int = say(0, "rows per pass of one process, 0 = its whole share; does not change the result")
+    recompute: bool = say(False, "keep only each block's inputs for the backward pass: less memory, a third more work")
+    offload: bool = say(False, "on GPUs: weights, gradients and moments stay in host memory")
+    compile: bool = say(False, "torch.compile for each block")
+    max_skipped: int = say(0, "steps with a loss or gradient that is not finite, passed over before the run stops")
+    profile: int = say(0, "steps to trace into trace.json, after three to warm up")
     threads: int = say(0, "CPU threads, 0 = all")
 
 
@@ -56,7 +62,8 @@ def main(argv=None):
     # ------------------------------------------------------------------------------------------------ config, device
     c = presets.parse(Config, "pretrain", argv)
     checkpoint.check_out(c, "pretrain")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device, rank, world = distributed.start()                        # torchrun or not: see nanopatho/distributed.py
+    mine = distributed.share(c.batch_size)                           # which rows of each batch this process computes
     if c.threads:
         torch.set_num_threads(c.threads)
     torch.manual_seed(c.seed)
@@ -83,19 +90,23 @@ def main(argv=None):
                     texts += [question_text(r)] if "options" in r else []
         tokenizer = train_tokenizer(texts, presets.TINY_BPE)
         model = PathoVLM(presets.VLM[c.preset])
-    model.to(device).train()
-    parameters = trainable(model, c.train.split(","))
-    print(f"pretrain: {sum(p.numel() for p in parameters) / 1e6:.2f} M trained parameters, {len(records)} pairs, {device}")
+    trainable(model.train(), c.train.split(","))
+    model.visual.recompute = model.model.recompute = c.recompute
+    distributed.shard(model, [*model.visual.blocks, *model.model.layers], device, c.offload, c.compile)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if rank == 0:
+        print(f"pretrain: {sum(p.numel() for p in parameters) / 1e6:.2f} M trained parameters, {len(records)} pairs, "
+              f"{world} x {device.type}")
 
     # ------------------------------------------------------------------------------------------------ optimizer
     optimizer = Optimizers(model, c.lr, c.weight_decay, c.optimizer)
     order, first = shuffled(len(records), c.batch_size, rng), 0
-    state = checkpoint.resume(c.out, model, optimizer)
+    state, skipped = checkpoint.resume(c.out, model, optimizer), []
     if state:
-        first = state["step"]
+        first, skipped = state["step"], state.get("skipped", [])
         for _ in range(first):                                       # replay the order: cheaper than storing it
             next(order), rng.integers(1 << 62)
-    run = Run(c.out, c, c.steps, "pretrain", first)
+    run = Run(c.out, c, c.steps, "pretrain", first, c.profile)
 
     # ------------------------------------------------------------------------------------------------ loop
     for step in range(first, c.steps):
@@ -103,27 +114,47 @@ def main(argv=None):
                         0.1 + 0.45 * (1 + math.cos(math.pi * step / c.steps)))
         rows = [caption_row(records[i]) for i in next(order)]
         turn = np.random.default_rng(rng.integers(1 << 62))          # one draw a step, so that resuming can replay it
-        batch = vlm_batch(rows, tokenizer, model.config, images=images, rng=turn if c.augment else None,
-                          max_pixels=c.max_pixels)
-        batch = {k: v.to(device) for k, v in batch.items()}
-        labels = batch.pop("labels")
-        loss = model.loss(model.hidden_states(**batch), labels)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(parameters, c.clip_norm)
-        check_finite(step, [r for r, _, _ in rows], loss=loss.item(), grad_norm=norm.item())
-        optimizer.step(lr)
-        run.step(step, loss=loss.item(), grad_norm=norm.item(), lr=lr, tokens=int((labels >= 0).sum()))
-        if (c.save_every and (step + 1) % c.save_every == 0) or step + 1 == c.steps:
-            checkpoint.save(c.out, model, optimizer, {"step": step + 1}, tokenizer)
+        if c.augment:
+            distributed.skip_augmentation([r for r, _, _ in rows[:mine.start]], turn)
+        batches = [vlm_batch(part, tokenizer, model.config, images=images, rng=turn if c.augment else None,
+                             max_pixels=c.max_pixels) for part in distributed.pieces(rows[mine], c.micro_batch)]
+        # One divisor for the whole batch: the parts of all micro-batches and processes add up to exactly one mean.
+        tokens, seen, patches = distributed.counts(batches)
+        loss = torch.zeros((), device=device)
+        for batch in batches:
+            part = distributed.call(model, distributed.token_loss, distributed.to(batch, device)) / tokens
+            (part * world).backward()                                # FSDP takes the mean over processes
+            loss += part.detach()
+        norm = distributed.clip_gradients(parameters, c.clip_norm)
+        loss, norm = distributed.read(loss, norm)
+        if check_finite(step, [r for r, _, _ in rows], skipped, c.max_skipped, loss=loss, grad_norm=norm):
+            optimizer.step(lr)
+            numbers = dict(loss=loss, grad_norm=norm)
+        else:
+            optimizer.zero_grad()
+            numbers = dict(skipped=len(skipped))
+        note = speed(run.lap(), seen, vlm_flops(model, tokens, seen, patches), world)
+        run.step(step, note=note, **numbers, lr=lr, tokens=tokens)
+        stopped = distributed.asked_to_stop()
+        if stopped or (c.save_every and (step + 1) % c.save_every == 0) or step + 1 == c.steps:
+            checkpoint.save(c.out, model, optimizer, {"step": step + 1, "skipped": skipped}, tokenizer)
+        if stopped:
+            distributed.stop(step + 1)
 
     # ------------------------------------------------------------------------------------------------ evaluate, save
     seconds = run.seconds()
     run.close()
-    results = caption_claims(model, tokenizer, c.data, c.eval_items, images)
+    del optimizer, parameters
+    model = distributed.whole(model)                                 # on the first process, which alone goes on
+    distributed.leave()
+    if rank:
+        return
+    fast = distributed.for_evaluation(model, device)
+    results = caption_claims(fast, tokenizer, c.data, c.eval_items, images)
     checkpoint.finish(c.out, model, tokenizer)
     write_json(f"{c.out}/results.json", {"seconds": round(seconds, 1), **results})
     print(f"pretrain: {seconds:.0f} s, " + ", ".join(f"{k} {v:.3f}" for k, v in results.items() if isinstance(v, float)))
 
 
 if __name__ == "__main__":
-    run_main(main)
+    distributed.launch(main)

@@ -11,27 +11,47 @@ the probability of the better ones, clipped. GRPO and DAPO are two branches from
 
 Departures from the paper (its hyper-parameters are unpublished; the defaults follow its neighbours, see the README):
  1. Two updates a rollout on halves of the groups, so that the clip acts; sampler log-probabilities serve as `old`
-    (equal to the training pass to 1e-5 in fp32; the gap is logged).
+    (equal to the training pass to 1e-5 in fp32; the gap is logged) unless --tis corrects for their difference.
  2. The token mean runs over the optimizer step's groups (as in verl), not over one question's answers.
-Reading the log: the loss is about 0 by construction and says nothing; watch accuracy, length, entropy, mixed (share of
-groups with both right and wrong answers: only these teach) and claims (are the findings it names true?).
+ 3. Where too few groups teach within max_rounds, the step goes on with those it has: the rest are there, masked.
+ 4. A question whose answers were all right sits out the next 1, 3, then 7 passes over the data (DAPO; --max_rest).
+
+metrics.jsonl has a line a step. Means are over all answers sampled, also those of groups that were then dropped:
+ format, accuracy, length_ok   the parts of the reward; length_ok: not overlong
+ claims         are the findings it names true of the image? -1 to 1; only for records with facts
+ reward         what is maximised; the scales of GRPO and DAPO differ
+ pass_at_k      share of questions with at least one right answer
+ length, length_std, truncated tokens an answer: mean, standard deviation; share cut off at max_new_tokens
+ entropy        of the policy in nats a token, estimated by its own samples; near 0 nothing new is tried
+ mixed          share of groups with right and wrong answers: only these teach accuracy
+ zero_variance  share of groups whose rewards are all equal: these teach nothing
+ rounds, groups, filled        rollout rounds, groups that enter the update, masked ones in place of missing ones
+ skipped        1 where no group taught: nothing was updated
+ clip_high, clip_low           share of tokens that may not become likelier, rarer for now; 0 in a first update
+ old_kl         KL(old || now) in nats a token: how far the updates of this step went
+ kl             KL(now || start) in nats a token, only where it is in the loss
+ sampler_gap    mean |log-probability of the training pass - of the sampler|, before the first update
+ loss, grad_norm, lr           about 0 by construction: it says nothing; before clipping; of the last update
+ rollout_tokens, update_tokens answer tokens sampled, and passed through the updates; speed.jsonl has them a second
 """
 import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")                  # spinning threads are 10x slower on shared cores
 import copy
+import json
+import time
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
-from nanopatho import checkpoint, grpo, presets, rewards
+from nanopatho import checkpoint, distributed, grpo, presets, rewards
 from nanopatho.chat import ChatTokenizer
-from nanopatho.data import Images, check_images, check_pools, read_records, shuffled, vlm_batch
-from nanopatho.evaluate import ask, check_facts, evaluate, read_lexicon, show_samples
-from nanopatho.generate import generate
-from nanopatho.log import ConfigError, Run, check_finite, run_main, write_json
+from nanopatho.data import Images, check_images, check_pools, read_records, shuffled
+from nanopatho.evaluate import check_facts, evaluate, read_lexicon, show_samples
+from nanopatho.log import ConfigError, Run, check_finite, speed, write_json
 from nanopatho.optim import Optimizers
-from nanopatho.packed import answer_logps, training_rows
+from nanopatho.packed import answer_logps, micro_batches, score_again
+from nanopatho.rollout import collect, deal, rollout
 from nanopatho.vlm import PathoVLM, trainable
 
 
@@ -71,14 +91,29 @@ class Config:
     reward: str = say("algo", "how parts combine: grpo_sum, grpo_gated, dapo_gated, dapo_sum",
                       choices=("algo", *rewards.READINGS))
     claim_weight: float = say(0.0, "weight of the claim reward (an experiment: a gentle no to made-up findings)")
+    overlong_penalty: float = say(0.0, "weight of DAPO's soft length penalty (0 to -1), added to the reward")
+    overlong_mask: bool = say(False, "answers that were cut off leave the loss; their rewards stay in the group")
+    group_std: bool = say(True, "divide advantages by the group's standard deviation; off: Dr. GRPO")
+    variant: str = say("clip", "ratio of a token (clip), of an answer (gspo; clips near 3e-4) or cispo", choices=grpo.VARIANTS)
+    dual_clip: float = say(0.0, "bound on the ratio of worse answers, 3 in verl; 0 = none, as in both papers")
+    tis: float = say(0.0, "score the rollout again before the update and weigh tokens by min(that / sampled, this); 0 = off")
+    kl_gradient: str = say("k3", "k3 (GRPO), or unbiased: the gradient of the true KL", choices=("k3", "unbiased"))
     dynamic: str = say("algo", "replace groups without a signal: on (dapo), off (grpo)", choices=("algo", "on", "off"))
+    signal: str = say("accuracy", "what must differ inside a group: accuracy, or reward", choices=("accuracy", "reward"))
     max_rounds: int = say(4, "rollout rounds a step at most, when groups are replaced", least=1)
+    max_rest: int = say(7, "passes over the data an always-right question sits out at most, when groups are replaced")
+    guard: int = say(10, "collapsed steps in a row (grpo.collapsed) that end the run; 0 = never")
+    graph: bool = say(False, "CUDA: replay decoding steps as a graph (not measured yet)")
     max_pixels: int = say(1280 * 28 * 28, "largest image in pixels; bigger ones are scaled down", least=1)
     micro_batch: int = say(64, "answers per forward and backward pass; does not change the result", least=1)
     eval_items: int = say(0, "test questions, 0 = all")
     eval_samples: int = say(8, "answers per question for sampled accuracy")
     eval_sample_items: int = say(0, "test questions that are sampled, 0 = all")
     save_every: int = say(50, "steps between checkpoints, 0 = only at the end")
+    recompute: bool = say(False, "keep only each block's inputs for the backward pass: less memory, a third more work")
+    compile: bool = say(False, "torch.compile for each block")
+    max_skipped: int = say(0, "updates with a gradient that is not finite, passed over before the run stops")
+    profile: int = say(0, "steps to trace into trace.json, after three to warm up")
     threads: int = say(0, "CPU threads, 0 = all")
 
 
@@ -99,7 +134,8 @@ def main(argv=None):
             raise ConfigError(f"--{name} {getattr(c, name)}: write a number, or algo") from None
     c.cache_length = c.cache_length or c.max_new_tokens // 5
     checkpoint.check_out(c, c.algo)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device, rank, world = distributed.start()                        # torchrun or not: see nanopatho/distributed.py
+    mine = distributed.share(c.prompts, "prompts")                   # which questions of each rollout this process answers
     if c.threads:
         torch.set_num_threads(c.threads)
     torch.manual_seed(c.seed)
@@ -121,161 +157,194 @@ def main(argv=None):
     if not c.init:
         raise ConfigError("--init is empty. RL starts from a model that can answer: give the SFT run folder.")
     with checkpoint.reading(c.init):
-        model, tokenizer = PathoVLM.from_pretrained(c.init, dtype=torch.float32).to(device), ChatTokenizer.load(c.init)
+        model, tokenizer = PathoVLM.from_pretrained(c.init, dtype=torch.float32), ChatTokenizer.load(c.init)
     reference = copy.deepcopy(model).requires_grad_(False) if c.kl > 0 else None
-    parameters = trainable(model, c.train.split(","))
-    print(f"{c.algo}: {sum(p.numel() for p in parameters) / 1e6:.2f} M trained parameters, {len(records)} questions, {device}")
+    trainable(model, c.train.split(","))
+    for m in [model] + [reference] * (c.kl > 0):
+        m.visual.recompute = m.model.recompute = c.recompute
+        distributed.shard(m, [*m.visual.blocks, *m.model.layers], device, compile=c.compile)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if rank == 0:
+        print(f"{c.algo}: {sum(p.numel() for p in parameters) / 1e6:.2f} M trained parameters, {len(records)} questions, {device}")
 
     # ------------------------------------------------------------------------------------------------ optimizer
     optimizer = Optimizers(model, c.lr, c.weight_decay, c.optimizer)
-    order, first, drawn, done = shuffled(len(records), c.prompts, rng), 0, 0, 0
-    generator = torch.Generator(device=device).manual_seed(c.seed)
+    order, best, bad, skipped = shuffled(len(records), 1, rng), {}, 0, []
+    easy = torch.zeros(2, len(records), dtype=torch.long)            # times in a row all right; passes it still sits out
+    first = drawn = done = 0                                         # steps, questions drawn, optimizer steps
     state = checkpoint.resume(c.out, model, optimizer)
     if state:
-        first, drawn, done = state["step"], state["drawn"], state["done"]
-        generator.set_state(state["generator"])
+        first, drawn, done, easy, best, bad = (state[k] for k in ("step", "drawn", "done", "easy", "best", "bad"))
+        skipped = state.get("skipped", [])
         for _ in range(drawn):
             next(order)
-    run = Run(c.out, c, c.steps, c.algo, first)
+    run, saved = Run(c.out, c, c.steps, c.algo, first, c.profile), first
 
     def score(text, record, n_tokens=None):
         """Named reward parts and their sum; claims are measured always and paid only with claim_weight > 0."""
         parts = rewards.score_answer(text, record, n_tokens=n_tokens, length_limit=c.max_new_tokens - c.cache_length,
                                      lexicon=lexicon.get(record.get("subfield")) if record.get("facts") else None)
-        return {**parts, "reward": rewards.combine(parts, c.reward, c.claim_weight)}
+        reward = rewards.combine(parts, c.reward, c.claim_weight)
+        if c.overlong_penalty and n_tokens is not None:
+            over = grpo.soft_overlong_penalty(torch.tensor(n_tokens), c.max_new_tokens, c.cache_length)
+            reward += c.overlong_penalty * over.item()
+        return {**parts, "reward": reward}
+
+    def questions():
+        """The next c.prompts questions -> [(number in the stream, index)]; the number seeds the answers."""
+        nonlocal drawn
+        chosen = []
+        while len(chosen) < c.prompts:
+            i, drawn = int(next(order)[0]), drawn + 1
+            if easy[1, i]:
+                easy[1, i] -= 1
+            else:
+                chosen.append((drawn, i))
+        return chosen
 
     # ------------------------------------------------------------------------------------------------ loop
-    def save(step):
-        checkpoint.save(c.out, model, optimizer, {"step": step, "drawn": drawn, "done": done,
-                                                  "generator": generator.get_state()}, tokenizer)
+    def state_at(step):
+        return dict(step=step, drawn=drawn, done=done, easy=easy.clone(), best=dict(best), bad=bad, skipped=[*skipped])
 
     for step in range(first, c.steps):
-        if c.save_every and step % c.save_every == 0 and step > first:
-            save(step)
-
+        state = state_at(step)
         # 1. Eight answers to each question, until enough groups hold both right and wrong ones (DAPO) or once (GRPO).
-        groups, seen, mixed, rounds = [], [], 0, 0
+        began = time.time()
+        groups, seen, dull, rounds = [], [], [], 0
+        sampler = distributed.whole(model, True, device, torch.bfloat16 if device.type == "cuda" else None)
         while len(groups) < c.prompts and rounds < (c.max_rounds if c.dynamic == "on" else 1):
-            chosen = [records[i] for i in next(order)]
-            fresh = rollout(model, tokenizer, chosen, c, images, generator, score)
-            drawn, rounds, seen = drawn + 1, rounds + 1, seen + fresh
-            accuracy = torch.tensor([p["accuracy"] for g in fresh for p in g["parts"]])
-            keep = grpo.keep_groups(accuracy, c.group_size)           # on accuracy, not on the shaped reward
-            mixed += int(keep.sum())
-            groups += [g for g, k in zip(fresh, keep) if k] if c.dynamic == "on" else fresh
+            chosen = questions()
+            fresh = collect(rollout(sampler, tokenizer, chosen[mine], records, c, images, score))
+            rounds, seen = rounds + 1, seen + fresh
+            if c.dynamic == "on":                                     # on accuracy, not on the shaped reward
+                keep = grpo.keep_groups(torch.tensor([p[c.signal] for g in fresh for p in g["parts"]]), c.group_size)
+                for g, teaches, (_, i) in zip(fresh, keep, chosen):
+                    (groups if teaches else dull).append(g)
+                    easy[0, i] = easy[0, i] + 1 if all(p["accuracy"] == 1 for p in g["parts"]) else 0
+                    easy[1, i] = min(2 ** min(int(easy[0, i]), 9) - 1, c.max_rest)
+            else:
+                groups = fresh
         groups = groups[:c.prompts]                                   # arrival order; the surplus is dropped
-        parts = [p for g in seen for p in g["parts"]]                 # statistics over everything sampled, kept or not
-        names = dict.fromkeys(name for p in parts for name in p)      # claims: only where the facts are known
-        mean = {name: float(np.mean([p[name] for p in parts if name in p])) for name in names}
-        lengths = torch.cat([g["mask"].sum(1) for g in seen]).float()
-        numbers = dict(mean, length=lengths.mean().item(), mixed=mixed / len(seen), rounds=rounds, groups=len(groups),
-                       truncated=float(np.mean([x for g in seen for x in g["truncated"]])),
-                       pass_at_k=float(np.mean([max(p["accuracy"] for p in g["parts"]) for g in seen])),
-                       entropy=-(torch.cat([g["logps"][g["mask"]] for g in seen])).mean().item())
-        if not groups:                                                # AdamW would move weights even on zero gradients
-            run.step(step, show=("accuracy", "length", "mixed"), **numbers, skipped=1)
-            continue
+        numbers = grpo.describe(seen, c.group_size) | dict(rounds=rounds, groups=len(groups), filled=0)
+        if groups and len(groups) < c.prompts:                        # the cap was met: the others are there, without a loss
+            numbers["filled"] = c.prompts - len(groups)
+            rank or run.bar.write(f"step {step + 1}: only {len(groups)} of {c.prompts} groups hold right and wrong answers after "
+                          f"{rounds} rounds (--max_rounds); {numbers['filled']} enter masked")
+            groups += [dict(g, mask=torch.zeros_like(g["mask"])) for g in dull[:numbers["filled"]]]
+        del sampler                                                   # a second copy of the weights, if they are sharded
+        sampled = time.time()
+        why = grpo.collapsed(numbers, best)
+        bad = bad + 1 if why else 0
+        if c.save_every and step - saved >= c.save_every and not bad:    # only weights whose answers were seen to be sane
+            checkpoint.save(c.out, model, optimizer, state, tokenizer)
+            saved = step
+        if bad >= c.guard > 0:
+            run.close()
+            good = f"{c.out}/last, of step {saved}" if saved else f"{c.init}: none were saved yet"
+            raise ConfigError(f"step {step + 1}: the policy has collapsed: {why}, and so for {bad} steps. The last good weights "
+                              f"are in {good}. Start from them in another --out with a lower --lr, or set --guard 0.")
 
         # 2. Advantage: how much better than its siblings. One number an answer, the same on all its tokens.
         for g in groups:
-            g["advantages"] = grpo.group_advantages(torch.tensor([p["reward"] for p in g["parts"]]), c.group_size)
+            g["advantages"] = grpo.group_advantages(torch.tensor([p["reward"] for p in g["parts"]]), c.group_size,
+                                                    std=c.group_std)
+            if c.overlong_mask:
+                g["mask"] = grpo.drop_truncated(g["mask"], torch.tensor(g["truncated"]))
 
-        # 3. Updates. Each takes its share of the groups; inside it, micro-batches add up to exactly one loss.
-        share, stats = max(1, -(-len(groups) // c.updates)), []
+        # 3. Updates. Each takes its share of the groups; inside it, processes and micro-batches add up to exactly one loss.
+        updates = [groups[u::c.updates] for u in range(c.updates)]
+        own = [deal(part, tokenizer, model, c, images) for part in updates]     # what this process computes of each
+        if c.tis:
+            distributed.call(model, score_again, [g for part in own for g in part], c, tokenizer.pad_id, tokenizer.banned_ids)
+        stats = []
         for _ in range(c.epochs):
-            for at in range(0, len(groups), share):
+            for part, mine_of in zip(updates, own):
                 lr = c.lr * min(1.0, (done + 1) / max(1, c.warmup), (c.steps - step) / max(1.0, c.decay * c.steps))
-                stats.append(update(model, reference, tokenizer, groups[at:at + share], parameters, optimizer, lr, c, step))
-                done += 1
-        numbers.update({k: float(np.mean([s[k] for s in stats])) for k in stats[0]}, lr=lr)
-        run.step(step, show=("accuracy", "length", "mixed", "entropy"), **numbers)
-        if step == 0 or (step + 1) % 50 == 0:
+                found = update(model, reference, tokenizer, part, parameters, optimizer, lr, c, step, mine_of, skipped)
+                if found:
+                    stats, done = stats + [found], done + 1
+        if stats:
+            numbers |= {k: float(np.mean([s[k] for s in stats])) for k in stats[0]} | dict(lr=lr)
+            numbers["sampler_gap"] = stats[0]["sampler_gap"]
+        numbers |= dict(update_tokens=sum(s["update_tokens"] for s in stats), skipped=float(not stats))
+        note = speed(run.lap(), numbers["rollout_tokens"] + numbers["update_tokens"])
+        run.step(step, show=("accuracy", "length", "mixed", "entropy"), note=note, **numbers)
+        with open(os.devnull if rank else f"{c.out}/speed.jsonl", "a") as file:     # apart: resumed runs repeat all but this
+            file.write(json.dumps({"step": step, "rollout_tokens_s": round(numbers["rollout_tokens"] / (sampled - began)),
+                                   "update_tokens_s": round(numbers["update_tokens"] / (time.time() - sampled))}) + "\n")
+        if distributed.asked_to_stop():
+            checkpoint.save(c.out, model, optimizer, state_at(step + 1), tokenizer)
+            distributed.stop(step + 1)
+        if stats and (step == 0 or (step + 1) % 50 == 0):
             run.text(f"step{step + 1:04d}", "\n\n".join(
                 f"{g['record']['question']} -> {g['record']['answer']}\n" + "\n".join(
                     f"  {p['reward']:+.2f} adv {a:+.2f} {t}" for p, a, t in zip(g["parts"], g["advantages"], g["texts"]))
                 for g in groups[:4]))
 
     # ------------------------------------------------------------------------------------------------ evaluate, save
-    save(c.steps)                                                    # the weights are safe before the evaluation
+    checkpoint.save(c.out, model, optimizer, state_at(c.steps), tokenizer)     # the weights are safe before the evaluation
     seconds = run.seconds()
     run.close()
+    del optimizer, parameters, reference
+    model = distributed.whole(model)                                 # on the first process, which alone goes on
+    distributed.leave()
+    if rank:
+        return
+    fast = distributed.for_evaluation(model, device)
     options = dict(max_new_tokens=c.max_new_tokens, images=images)
     results = {}
     if "test" in pools:
-        results, each = evaluate(model, tokenizer, c.data, items=c.eval_items, samples=c.eval_samples,
+        results, each = evaluate(fast, tokenizer, c.data, items=c.eval_items, samples=c.eval_samples,
                                  sample_items=c.eval_sample_items, **options)
         write_json(f"{c.out}/each.json", each)
-    results["pools"] = {pool: evaluate(model, tokenizer, c.data, pool=pool, items=c.eval_items, samples=0, **options)[0]
+    results["pools"] = {pool: evaluate(fast, tokenizer, c.data, pool=pool, items=c.eval_items, samples=0, **options)[0]
                         for pool in ("test_combo", "test_stain") if pool in pools}
     if "val" in pools:
-        show_samples(model, tokenizer, c.data, c.out, k=c.group_size, score=score, **options)
+        show_samples(fast, tokenizer, c.data, c.out, k=c.group_size, score=score, **options)
     checkpoint.finish(c.out, model, tokenizer)
     write_json(f"{c.out}/results.json", {"seconds": round(seconds, 1), **results})    # last: it says the stage is done
     print(f"{c.algo}: {seconds:.0f} s" + "".join(f", {k} {results[k]:.3f}" for k in ("greedy_accuracy", "sampled_accuracy")
                                              if k in results))
 
 
-def rollout(model, tokenizer, records, c, images, generator, score):
-    """Sample c.group_size answers to each record -> one dict a group: record, batch (its prompt), ids, logps, mask (G, N),
-    texts, parts (list of dicts), truncated. The image and the prompt are computed once for their eight answers."""
-    model.eval()
-    rows = [ask(r) for r in records]
-    device = next(model.parameters()).device
-    batch = vlm_batch(rows, tokenizer, model.config, images=images, max_pixels=c.max_pixels)
-    batch.pop("labels")
-    with torch.no_grad():
-        made = generate(model, **{k: v.to(device) for k, v in batch.items()}, group_size=c.group_size,
-                        max_new_tokens=c.max_new_tokens, temperature=c.temperature, eos_token_ids=tokenizer.eos_ids,
-                        pad_token_id=tokenizer.pad_id, banned_token_ids=tokenizer.banned_ids, generator=generator)
-    groups, patches = [], batch["image_grid_thw"].prod(1).tolist()
-    at = 0
-    for i, record in enumerate(records):
-        rows_of = slice(i * c.group_size, (i + 1) * c.group_size)
-        ids, logps, mask = (x[rows_of].cpu() for x in (made.ids, made.logps, made.mask))
-        texts = [tokenizer.decode(t[m]) for t, m in zip(ids, mask)]
-        n_images = 1 if isinstance(record["image"], str) else len(record["image"])
-        grid = batch["image_grid_thw"][at:at + n_images]
-        pixels = batch["pixel_values"][sum(patches[:at]):sum(patches[:at + n_images])]
-        at += n_images
-        groups.append(dict(record=record, prompt=batch["input_ids"][i][batch["attention_mask"][i] > 0], grid=grid,
-                           pixels=pixels, ids=ids, logps=logps, mask=mask, texts=texts,
-                           parts=[score(t, record, int(m.sum())) for t, m in zip(texts, mask)],
-                           truncated=[bool(m.all()) and int(t[m][-1]) not in tokenizer.eos_ids for t, m in zip(ids, mask)]))
-    return groups
-
-
-def update(model, reference, tokenizer, groups, parameters, optimizer, lr, c, step=0):
-    """One optimizer step on `groups` -> dict of numbers. Micro-batches of whole groups; the divisor counts the whole step."""
+def update(model, reference, tokenizer, groups, parameters, optimizer, lr, c, step=0, own=None, skipped=None):
+    """One optimizer step on `groups`, of which this process computes `own` (None: all) -> dict of numbers. Micro-batches of
+    whole groups; the divisor counts the whole step. Without a single loss token nothing moves (AdamW would move weights even
+    on zero gradients), nor where the gradient is not finite: {}."""
     model.train()
-    device = next(model.parameters()).device
     n = sum(int(grpo.loss_count(g["mask"], c.aggregation)) for g in groups)
     tokens = sum(int(g["mask"].sum()) for g in groups)
-    per, totals = max(1, c.micro_batch // c.group_size), {}
-    for at in range(0, len(groups), per):
-        part = groups[at:at + per]
-        row = {k: v.to(device) for k, v in training_rows(part, tokenizer.pad_id, c.group_size).items()}
-        logp = answer_logps(model, row, c.temperature, tokenizer.banned_ids)                                       # (R, N)
-        loss, metrics = grpo.policy_loss(logp, row["logps"], row["advantages"], row["mask"], clip_low=c.clip_low,
-                                         clip_high=c.clip_high, aggregation=c.aggregation, n_global=n,
-                                         max_length=c.max_new_tokens)
-        here = int(row["mask"].sum()) / tokens                       # what is a mean over tokens is weighted by them
-        numbers = {k: v.item() * here for k, v in metrics.items() if k in ("clip_high", "clip_low", "old_kl")}
-        numbers["sampler_gap"] = (logp.detach() - row["logps"])[row["mask"]].abs().mean().item() * here
+    if not tokens:
+        return {}
+    totals, options = {}, dict(aggregation=c.aggregation, n_global=n, max_length=c.max_new_tokens)
+    for _, row in micro_batches(groups if own is None else own, c, tokenizer.pad_id, parameters[0].device):
+        mask, scored = row["mask"], (row, c.temperature, tokenizer.banned_ids)
+        logp = distributed.call(model, answer_logps, *scored)                                                      # (R, N)
+        weights = grpo.sampler_weights(row["old"], row["logps"], mask, c.tis) if c.tis else None
+        loss, metrics = grpo.policy_loss(logp, row["old"], row["advantages"], mask, clip_low=c.clip_low,
+                                         clip_high=c.clip_high, variant=c.variant, dual_clip=c.dual_clip or None,
+                                         weights=weights, **options)
+        here = mask.sum().double() / tokens                          # what is a mean over tokens is weighted by them
+        numbers = {k: v.double() * here for k, v in metrics.items() if k in ("clip_high", "clip_low", "old_kl")}
+        numbers["sampler_gap"] = (logp.detach() - row["logps"])[mask].abs().sum().double() / tokens
         if reference is not None:
             with torch.no_grad():
-                ref = answer_logps(reference, row, c.temperature, tokenizer.banned_ids)
-            kl = grpo.aggregate(grpo.kl_k3(logp, ref, mask=row["mask"]), row["mask"], c.aggregation, n_global=n,
-                                max_length=c.max_new_tokens)
-            loss, numbers["kl"] = loss + c.kl * kl, kl.item()
-        loss.backward()
-        numbers["loss"] = loss.item()
+                ref = distributed.call(reference, answer_logps, *scored)
+            old = row["old"] if c.kl_gradient == "unbiased" else None
+            kl = grpo.aggregate(grpo.kl_k3(logp, ref, mask=mask, old_logp=old), mask, **options)
+            loss, numbers["kl"] = loss + c.kl * kl, kl.detach().double()
+        (loss * distributed.world()).backward()                      # FSDP takes the mean over processes
+        numbers["loss"] = loss.detach().double()
         for name, value in numbers.items():
             totals[name] = totals.get(name, 0.0) + value
-    norm = torch.nn.utils.clip_grad_norm_(parameters, c.clip_norm)
-    check_finite(step, [g["record"] for g in groups], grad_norm=norm.item())
+    norm = distributed.clip_gradients(parameters, c.clip_norm).item()
+    if not check_finite(step, [g["record"] for g in groups], skipped, c.max_skipped if skipped is not None else 0, grad_norm=norm):
+        optimizer.zero_grad()
+        return {}
     optimizer.step(lr)
-    return {**totals, "grad_norm": norm.item()}
+    values, = distributed.add_up([torch.stack(list(totals.values()))])
+    return {"update_tokens": tokens, **dict(zip(totals, values.tolist())), "grad_norm": norm}
 
 
 if __name__ == "__main__":
-    run_main(main)
+    distributed.launch(main)

@@ -18,11 +18,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from nanopatho import checkpoint, presets, rewards
+from nanopatho import checkpoint, distributed, presets, rewards
 from nanopatho.chat import PROMPTS, ChatTokenizer, train_tokenizer
 from nanopatho.data import Images, check_images, check_pools, curriculum, read_records, vlm_batch
 from nanopatho.evaluate import check_facts, evaluate, read_lexicon, show_samples
-from nanopatho.log import Run, check_finite, run_main, write_json
+from nanopatho.log import Run, check_finite, speed, vlm_flops, write_json
 from nanopatho.optim import Optimizers
 from nanopatho.vlm import PathoVLM, trainable
 
@@ -55,6 +55,12 @@ class Config:
     eval_samples: int = say(8, "answers per question for sampled accuracy")
     eval_sample_items: int = say(0, "test questions that are sampled, 0 = all")
     save_every: int = say(500, "steps between checkpoints, 0 = only at the end")
+    micro_batch: int = say(0, "rows per pass of one process, 0 = its whole share; does not change the result")
+    recompute: bool = say(False, "keep only each block's inputs for the backward pass: less memory, a third more work")
+    offload: bool = say(False, "on GPUs: weights, gradients and moments stay in host memory")
+    compile: bool = say(False, "torch.compile for each block")
+    max_skipped: int = say(0, "steps with a loss or gradient that is not finite, passed over before the run stops")
+    profile: int = say(0, "steps to trace into trace.json, after three to warm up")
     threads: int = say(0, "CPU threads, 0 = all")
 
 
@@ -70,7 +76,8 @@ def main(argv=None):
     # ------------------------------------------------------------------------------------------------ config, device
     c = presets.parse(Config, "sft", argv)
     checkpoint.check_out(c, "sft")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device, rank, world = distributed.start()                        # torchrun or not: see nanopatho/distributed.py
+    mine = distributed.share(c.batch_size)                           # which rows of each batch this process computes
     if c.threads:
         torch.set_num_threads(c.threads)
     torch.manual_seed(c.seed)
@@ -91,17 +98,21 @@ def main(argv=None):
     else:
         tokenizer = train_tokenizer([m["content"] for r in records for m in r["messages"]], presets.TINY_BPE)
         model = PathoVLM(presets.VLM[c.preset])
-    model.to(device).train()
-    parameters = trainable(model, c.train.split(","))
-    print(f"sft: {sum(p.numel() for p in parameters) / 1e6:.2f} M trained parameters, {len(records)} conversations, {device}")
+    trainable(model.train(), c.train.split(","))
+    model.visual.recompute = model.model.recompute = c.recompute
+    distributed.shard(model, [*model.visual.blocks, *model.model.layers], device, c.offload, c.compile)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if rank == 0:
+        print(f"sft: {sum(p.numel() for p in parameters) / 1e6:.2f} M trained parameters, {len(records)} conversations, "
+              f"{world} x {device.type}")
 
     # ------------------------------------------------------------------------------------------------ optimizer
     optimizer = Optimizers(model, c.lr, c.weight_decay, c.optimizer)
     order, first = list(curriculum(records, c.steps, c.batch_size, rng)), 0
-    state = checkpoint.resume(c.out, model, optimizer)
+    state, skipped = checkpoint.resume(c.out, model, optimizer), []
     if state:
-        first = state["step"]
-    run = Run(c.out, c, c.steps, "sft", first)
+        first, skipped = state["step"], state.get("skipped", [])
+    run = Run(c.out, c, c.steps, "sft", first, c.profile)
 
     # ------------------------------------------------------------------------------------------------ loop
     for step in range(first, c.steps):
@@ -109,36 +120,55 @@ def main(argv=None):
                         0.1 + 0.45 * (1 + math.cos(math.pi * step / c.steps)))
         rows = [conversation(records[i], c.style) for i in order[step]]
         turn = np.random.default_rng([c.seed, step])                 # by step, so that resuming needs no replay
-        batch = vlm_batch(rows, tokenizer, model.config, images=images, rng=turn if c.augment else None,
-                          max_pixels=c.max_pixels)
-        batch = {k: v.to(device) for k, v in batch.items()}
-        labels = batch.pop("labels")                                 # assistant tokens and their <|im_end|> only
-        if step == 0:
-            run.text("trained", trained_tokens(tokenizer, batch["input_ids"][0], labels[0]))
-        loss = model.loss(model.hidden_states(**batch), labels)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(parameters, c.clip_norm)
-        check_finite(step, [r for r, _, _ in rows], loss=loss.item(), grad_norm=norm.item())
-        optimizer.step(lr)
+        if c.augment:
+            distributed.skip_augmentation([r for r, _, _ in rows[:mine.start]], turn)
+        batches = [vlm_batch(part, tokenizer, model.config, images=images, rng=turn if c.augment else None,
+                             max_pixels=c.max_pixels) for part in distributed.pieces(rows[mine], c.micro_batch)]
+        if step == 0:                                                # assistant tokens and their <|im_end|> only
+            run.text("trained", trained_tokens(tokenizer, batches[0]["input_ids"][0], batches[0]["labels"][0]))
+        # One divisor for the whole batch: the parts of all micro-batches and processes add up to exactly one mean.
+        tokens, seen, patches = distributed.counts(batches)
+        loss = torch.zeros((), device=device)
+        for batch in batches:
+            part = distributed.call(model, distributed.token_loss, distributed.to(batch, device)) / tokens
+            (part * world).backward()                                # FSDP takes the mean over processes
+            loss += part.detach()
+        norm = distributed.clip_gradients(parameters, c.clip_norm)
+        loss, norm = distributed.read(loss, norm)
+        if check_finite(step, [r for r, _, _ in rows], skipped, c.max_skipped, loss=loss, grad_norm=norm):
+            optimizer.step(lr)
+            numbers = dict(loss=loss, grad_norm=norm)
+        else:
+            optimizer.zero_grad()
+            numbers = dict(skipped=len(skipped))
+        note = speed(run.lap(), seen, vlm_flops(model, tokens, seen, patches), world)
         levels = [records[i].get("level") for i in order[step]]
-        run.step(step, loss=loss.item(), grad_norm=norm.item(), lr=lr, hard=levels.count("hard") / len(levels),
-                 tokens=int((labels >= 0).sum()))
-        if (c.save_every and (step + 1) % c.save_every == 0) or step + 1 == c.steps:
-            checkpoint.save(c.out, model, optimizer, {"step": step + 1}, tokenizer)
+        run.step(step, note=note, **numbers, lr=lr, hard=levels.count("hard") / len(levels), tokens=tokens)
+        stopped = distributed.asked_to_stop()
+        if stopped or (c.save_every and (step + 1) % c.save_every == 0) or step + 1 == c.steps:
+            checkpoint.save(c.out, model, optimizer, {"step": step + 1, "skipped": skipped}, tokenizer)
+        if stopped:
+            distributed.stop(step + 1)
 
     # ------------------------------------------------------------------------------------------------ evaluate, save
     seconds = run.seconds()
     run.close()
+    del optimizer, parameters
+    model = distributed.whole(model)                                 # on the first process, which alone goes on
+    distributed.leave()
+    if rank:
+        return
+    fast = distributed.for_evaluation(model, device)
     ask = dict(max_new_tokens=c.max_new_tokens, prompt=c.style, images=images)
     results = {}
     if "test" in pools:
-        results, each = evaluate(model, tokenizer, c.data, items=c.eval_items, samples=c.eval_samples,
+        results, each = evaluate(fast, tokenizer, c.data, items=c.eval_items, samples=c.eval_samples,
                                  sample_items=c.eval_sample_items, **ask)
         write_json(f"{c.out}/each.json", each)
-    results["pools"] = {pool: evaluate(model, tokenizer, c.data, pool=pool, items=c.eval_items, samples=0, **ask)[0]
+    results["pools"] = {pool: evaluate(fast, tokenizer, c.data, pool=pool, items=c.eval_items, samples=0, **ask)[0]
                         for pool in ("test_combo", "test_stain") if pool in pools}
     if c.style == "cot" and "val" in pools:
-        show_samples(model, tokenizer, c.data, c.out, score=score, max_new_tokens=c.max_new_tokens, images=images)
+        show_samples(fast, tokenizer, c.data, c.out, score=score, max_new_tokens=c.max_new_tokens, images=images)
     checkpoint.finish(c.out, model, tokenizer)
     write_json(f"{c.out}/results.json", {"seconds": round(seconds, 1), **results})    # last: it says the stage is done
     print(f"sft: {seconds:.0f} s" + "".join(f", {k} {results[k]:.3f}" for k in ("greedy_accuracy", "sampled_accuracy")
@@ -163,4 +193,4 @@ def trained_tokens(tokenizer, ids, labels):
 
 
 if __name__ == "__main__":
-    run_main(main)
+    distributed.launch(main)

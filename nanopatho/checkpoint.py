@@ -1,6 +1,11 @@
 """Save and resume one stage. `out/last/` holds the newest complete checkpoint: weights under their published names and
 train_state.pt (optimizer, step, random states). It is written beside the old one and renamed, so a kill at any moment leaves
 one that can be read. Resuming continues bit for bit on CPU: N steps == k steps, kill, N - k steps (tests/test_scripts.py).
+
+Sharded runs write the same two files: the first process gathers tensor after tensor into host memory. So any number of
+processes, or none of FSDP's, can go on from it, and every program that reads the published layout can use it. The price against
+torch.distributed.checkpoint, where each process writes its part: the first process needs 12 bytes a parameter of host memory
+(7B: 91 GB) and writes alone.
 """
 import contextlib
 import dataclasses
@@ -11,10 +16,12 @@ from pathlib import Path
 
 import torch
 
+from . import distributed
 from .log import ConfigError
 
 # Settings that may change when a run is resumed: none of them changes what is learned.
-FREE = ("out", "threads", "save_every", "micro_batch", "eval_items", "eval_samples", "eval_sample_items")
+FREE = ("out", "threads", "save_every", "micro_batch", "recompute", "offload", "compile", "profile", "max_skipped", "eval_items",
+        "eval_samples", "eval_sample_items")
 
 
 @contextlib.contextmanager
@@ -66,20 +73,24 @@ def check_out(config, stage):
 
 
 def save(out, model, optimizer, state, tokenizer=None):
-    """Write out/last/. state: plain dict (step, numpy bit-generator states …); torch's random state is added."""
-    out = Path(out)
-    fresh, last, old = out / "last.tmp", out / "last", out / "last.old"
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    model.save_pretrained(fresh)
-    if tokenizer is not None:
-        tokenizer.save(fresh)
-    torch.save(dict(state, optimizer=optimizer.state_dict(), torch_rng=torch.get_rng_state()), fresh / "train_state.pt")
-    if last.exists():                                                # else `old` is the only complete one: it stays
+    """Write out/last/. state: plain dict (step, numpy bit-generator states …); torch's random state is added. All processes
+    call it, the first one writes; none goes on before it is done."""
+    whole, moments = distributed.whole(model), distributed.whole_state(optimizer)
+    if distributed.rank() == 0:
+        out = Path(out)
+        fresh, last, old = out / "last.tmp", out / "last", out / "last.old"
+        shutil.rmtree(fresh, ignore_errors=True)
+        fresh.mkdir(parents=True)
+        whole.save_pretrained(fresh)
+        if tokenizer is not None:
+            tokenizer.save(fresh)
+        torch.save(dict(state, optimizer=moments, torch_rng=torch.get_rng_state()), fresh / "train_state.pt")
+        if last.exists():                                            # else `old` is the only complete one: it stays
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(last, old)
+        os.replace(fresh, last)
         shutil.rmtree(old, ignore_errors=True)
-        os.replace(last, old)
-    os.replace(fresh, last)
-    shutil.rmtree(old, ignore_errors=True)
+    distributed.total(0)                                             # a barrier
 
 
 def resume(out, model, optimizer):
@@ -94,11 +105,12 @@ def resume(out, model, optimizer):
         raise ConfigError(f"{folder}/train_state.pt cannot be read ({type(error).__name__}: {reason}). Remove {folder} to "
                           "start this stage again.") from error
     try:
-        model.load_state_dict(type(model).from_pretrained(folder).state_dict())
+        distributed.load_whole(model, type(model).from_pretrained(folder).state_dict())
     except (ValueError, OSError, RuntimeError) as error:             # RuntimeError: other names or shapes
         raise ConfigError(f"{error}. The checkpoint cannot be used: remove {folder} to start this stage again.") from error
-    optimizer.load_state_dict(state.pop("optimizer"))
+    distributed.load_whole_state(optimizer, state.pop("optimizer"))
     torch.set_rng_state(state.pop("torch_rng"))
+    distributed.total(0)                                             # all have read it before one may write the next
     return state
 
 

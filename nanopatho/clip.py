@@ -22,6 +22,7 @@ import zipfile
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 # Class defaults of Hugging Face's CLIPConfig (= ViT-B/32): what a sparse config.json leaves out.
 TEXT_DEFAULTS = dict(vocab_size=49408, hidden_size=512, intermediate_size=2048, num_hidden_layers=12,
@@ -93,12 +94,18 @@ class Block(nn.Module):
 class Encoder(nn.Module):
     def __init__(self, c, causal):
         super().__init__()
+        self.recompute = False           # True: keep only block inputs for backward and compute the rest twice
         self.layers = nn.ModuleList(Block(c, causal) for _ in range(c["num_hidden_layers"]))
 
     def forward(self, x, keep=None):
-        for layer in self.layers[:-1]:
-            x = layer(x)
-        return self.layers[-1](x, keep)                                       # (B, keep, D)
+        last = len(self.layers) - 1
+        for i, layer in enumerate(self.layers):
+            rows = keep if i == last else None
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(layer, x, rows, use_reentrant=False)
+            else:
+                x = layer(x, rows)
+        return x                                                              # (B, keep, D)
 
 
 class VisionEmbeddings(nn.Module):
@@ -273,7 +280,7 @@ class CLIP(nn.Module):
 # The loss
 
 
-def clip_loss(image_features, text_features, logit_scale, also_true=None):
+def clip_loss(image_features, text_features, logit_scale, also_true=None, mine=None, chunk=4096):
     """Symmetric InfoNCE: each picture must find its text among the batch's texts, each text its picture.
 
     image_features, text_features (B, E), any length (unit length is made here, in fp32); logit_scale: the logarithm of
@@ -282,14 +289,35 @@ def clip_loss(image_features, text_features, logit_scale, also_true=None):
     Such a pair is neither right nor wrong: it leaves the denominators (the diagonal stays whatever it says), so a batch
     of one repeated caption has loss 0. Without also_true it counts as wrong, as in OpenAI's code, where 400 M captions
     make repetitions rare; a drawn world with short captions repeats itself in every batch.
+    mine: a slice of the B pairs -> their part of the loss, what their pictures and texts find among all B. The parts of
+    all processes add up to the loss, and so do the gradients; every process needs all features.
+    More than `chunk` pairs: that many rows of logits exist at a time, made again in backward; memory grows with B only.
     """
     image, text = F.normalize(image_features.float(), dim=-1), F.normalize(text_features.float(), dim=-1)
-    logits = logit_scale.float().exp() * image @ text.T                       # (B pictures, B texts)
-    if also_true is not None:
-        own = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
-        logits = logits.masked_fill(also_true & ~own, float("-inf"))
-    target = torch.arange(len(logits), device=logits.device)
-    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+    B, scale = len(image), logit_scale.float().exp()
+    if mine is None and B <= chunk:                                           # the formula in one piece
+        logits = scale * image @ text.T                                       # (B pictures, B texts)
+        if also_true is not None:
+            own = torch.eye(B, dtype=torch.bool, device=logits.device)
+            logits = logits.masked_fill(also_true.to(logits.device) & ~own, float("-inf"))
+        target = torch.arange(B, device=logits.device)
+        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+    def find(rows, others, target, mask):
+        logits = scale * rows @ others.T                                      # (rows, B)
+        if mask is not None:
+            own = target[:, None] == torch.arange(B, device=target.device)
+            logits = logits.masked_fill(mask.to(logits.device) & ~own, float("-inf"))
+        return F.cross_entropy(logits, target, reduction="sum")
+
+    loss, (start, stop, _) = 0.0, (mine or slice(B)).indices(B)
+    for at in range(start, stop, chunk):
+        rows = slice(at, min(at + chunk, stop))
+        target = torch.arange(rows.start, rows.stop, device=image.device)
+        for one, other, mask in ((image, text, also_true), (text, image, None if also_true is None else also_true.T)):
+            part = None if mask is None else mask[rows]
+            loss = loss + checkpoint(find, one[rows], other, target, part, use_reentrant=False)
+    return loss / (2 * B)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ DAPO's paper writes.
 import torch
 
 AGGREGATIONS = ("token-mean", "sequence-mean", "constant-length")
+VARIANTS = ("clip", "gspo", "cispo")
 LOG_RATIO_LIMIT = 20.0   # exp(20) = 5e8: far outside every clip range, and products of it are still finite in fp32
 
 
@@ -177,7 +178,7 @@ def policy_loss(logp, old_logp, advantages, mask, *, clip_low=0.2, clip_high=0.2
         bounded = torch.where(too_high, 1 + clip_high, torch.where(too_low, 1 - clip_low, ratio))
         token_loss = -torch.where(too_far, dual_clip or 1.0, bounded) * A
     else:
-        raise ValueError(f"variant={variant!r} is unknown: clip, gspo or cispo")
+        raise ValueError(f"variant={variant!r} is unknown: one of {', '.join(VARIANTS)}")
     if weights is not None:
         token_loss = token_loss * torch.where(mask, weights.detach(), 1.0)
     loss = aggregate(token_loss, mask, aggregation, n_global=n_global, max_length=max_length)
@@ -266,3 +267,47 @@ def drop_truncated(mask, truncated):
 def _check_lengths(max_length, cache_length):
     if not 0 < cache_length <= max_length:
         raise ValueError(f"need 0 < cache_length <= max_length; cache_length={cache_length}, max_length={max_length}")
+
+
+# ------------------------------------------------------------------------------------------------ what a step looks like
+
+def describe(groups, group_size):
+    """Sampled groups, kept or not -> the means of one step by name (explained at the top of train_rl.py).
+
+    Of each group: parts (list of dicts: format, accuracy, length, reward, maybe claims), mask, logps (G, N), truncated.
+    """
+    parts = [p for g in groups for p in g["parts"]]
+    mean = lambda values: sum(values) / len(values)
+    each = lambda name: torch.tensor([p[name] for p in parts], dtype=torch.float64)            # (R,)
+    differ = lambda name: keep_groups(each(name), group_size).double().mean().item()
+    lengths = torch.cat([g["mask"].sum(1) for g in groups]).double()                            # (R,)
+    names = [name for name in dict.fromkeys(name for p in parts for name in p) if name != "length"]
+    return {name: float(mean([p[name] for p in parts if name in p])) for name in names} | dict(   # claims: not of all
+        length_ok=each("length").mean().item(), length=lengths.mean().item(), length_std=lengths.std().item(),
+        truncated=float(mean([x for g in groups for x in g["truncated"]])), rollout_tokens=lengths.sum().item(),
+        pass_at_k=each("accuracy").view(-1, group_size).amax(1).mean().item(), mixed=differ("accuracy"),
+        zero_variance=1 - differ("reward"), entropy=-torch.cat([g["logps"][g["mask"]] for g in groups]).mean().item())
+
+
+def collapsed(now, best):
+    """Has the policy come apart? -> the reason in words, or "" while all is well.
+
+    now: entropy (nats a token), length (tokens an answer), format and truncated (shares) of one step; best: the highest
+    format and lowest truncated share so far, and the entropy of the first step; empty on the first step. The limits are
+    our choice, far outside what a healthy run shows, and relative, so that a start that cannot write the format yet (RL
+    without SFT) is no collapse. Single steps are noisy: act on several in a row. `best` is brought up to date in passing.
+    """
+    first = best.setdefault("entropy", now["entropy"])
+    cut = best["truncated"] = min(now["truncated"], best.get("truncated", 1.0))
+    top = best["format"] = max(now["format"], best.get("format", 0.0))
+    if now["format"] < top / 2:
+        return f"the format is kept by {now['format']:.0%} of the answers, {top:.0%} at best"
+    if now["truncated"] > max(0.5, cut + 0.4):
+        return f"{now['truncated']:.0%} of the answers are cut off, {cut:.0%} at best: they do not end"
+    if now["length"] < 4:
+        return f"answers are {now['length']:.1f} tokens long: there is nothing in them"
+    if now["entropy"] > max(1.5, 5 * first):
+        return f"the entropy is {now['entropy']:.2f} nats a token, {first:.2f} at the start: words at random"
+    if now["entropy"] < 1e-3:
+        return f"the entropy is {now['entropy']:.1e} nats a token: all answers to a question are the same"
+    return ""

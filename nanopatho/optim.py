@@ -7,6 +7,8 @@ Imports torch only and may be copied alone.
 import re
 
 import torch
+from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 # Matrices between hidden layers, in the published names of both models. Embeddings, heads, patch convolutions stay with AdamW.
 HIDDEN = re.compile(r"(encoder\.layers|blocks|model\.layers|merger\.mlp)\..*weight$")
@@ -15,7 +17,9 @@ HIDDEN = re.compile(r"(encoder\.layers|blocks|model\.layers|merger\.mlp)\..*weig
 class Optimizers(list):
     """Over the parameters of `model` that require a gradient. kind: "adamw" or "muon" (needs torch 2.9 or later).
 
-    Weight decay acts on tensors with two or more dimensions, not on norms and biases.
+    Weight decay acts on tensors with two or more dimensions, not on norms and biases. Weights that are sharded over
+    processes (FSDP) come after sharding: AdamW then keeps its state sharded as well. Muon needs whole matrices, so each
+    process gathers them for its step and keeps their momentum whole; models that start from random weights are small.
     """
 
     def __init__(self, model, lr, weight_decay, kind="adamw", betas=(0.9, 0.95), eps=1e-8):
@@ -27,17 +31,29 @@ class Optimizers(list):
         self.append(torch.optim.AdamW([{"params": [p for p in rest if p.ndim >= 2], "weight_decay": weight_decay},
                                        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0}],
                                       lr=lr, betas=betas, eps=eps, fused=True))
+        self.sharded = {p: nn.Parameter(p.detach().full_tensor()) for p in hidden.values() if isinstance(p, DTensor)}
         if hidden:
             # match_rms_adamw scales the orthogonal update to AdamW's usual size, so one learning rate serves both
-            self.append(torch.optim.Muon(hidden.values(), lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
+            self.append(torch.optim.Muon([self.sharded.get(p, p) for p in hidden.values()], lr=lr,
+                                         weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
 
     def step(self, lr):
         """One update at this learning rate; the gradients are freed."""
+        for part, matrix in self.sharded.items():
+            matrix.data, matrix.grad = part.detach().full_tensor(), part.grad.full_tensor()
         for optimizer in self:
             for group in optimizer.param_groups:
                 group["lr"] = lr
             optimizer.step()
+        for part, matrix in self.sharded.items():
+            part.detach().copy_(distribute_tensor(matrix.detach(), part.device_mesh, part.placements, src_data_rank=None))
+        self.zero_grad()
+
+    def zero_grad(self):
+        for optimizer in self:
             optimizer.zero_grad(set_to_none=True)
+        for part in self.sharded:
+            part.grad = None
 
     def state_dict(self):
         return [optimizer.state_dict() for optimizer in self]

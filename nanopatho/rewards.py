@@ -155,11 +155,13 @@ def score_answer(text, record, *, n_tokens=None, length_limit=None, lexicon=None
 def combine(parts, reading="grpo_sum", claim_weight=0.0):
     """One reward from the named parts (f format, a accuracy, l length, each 0 or 1).
 
-    grpo_sum    0.1 f + 0.9 a            in {0, .1, 1}; our default for GRPO: with the gate the weights would be
-    pointless grpo_gated  1 if f and a else 0      the other reading of "non-zero only when both are 1" dapo_gated  1
-    if a and l else -1     our default for DAPO, "1 only when both are 1, otherwise -1" dapo_sum    0.5 a + 0.5 l
-    the plain weighted sum Source: secondary descriptions of the article; the equations themselves are not public.
-    claim_weight * claims is added where asked for: an experiment of this project, in no paper of the Patho-R1 authors.
+    grpo_sum    0.1 f + 0.9 a            in {0, .1, 1}; our default for GRPO: with the gate the weights would be pointless
+    grpo_gated  1 if f and a else 0      the other reading, of "non-zero only when both are 1"
+    dapo_gated  1 if a and l else -1     our default for DAPO, "1 only when both are 1, otherwise -1"
+    dapo_sum    0.5 a + 0.5 l            the plain weighted sum
+
+    Source: secondary descriptions of the article; the equations themselves are not public. claim_weight * claims is added
+    where asked for: an experiment of this project, in no paper of the Patho-R1 authors.
     """
     f, a, l = parts["format"], parts["accuracy"], parts["length"]
     if reading == "grpo_sum":

@@ -252,6 +252,49 @@ def test_loss_gradient_by_finite_differences():
         torch.testing.assert_close(parts[which].grad.double(), numeric, atol=2e-6, rtol=1e-4)
 
 
+@pytest.mark.parametrize("also", [None, ALSO])
+@pytest.mark.parametrize("cuts", [(0, 7), (0, 3, 7), (0, 1, 2, 6, 7)])
+def test_parts_of_the_loss_add_up(cuts, also):
+    """Each part in chunks of two rows; loss and gradients against float64 and the formula in one piece."""
+    g = torch.Generator().manual_seed(6)
+    mask = None if also is None else torch.tensor(also)
+    make = lambda: [x.clone().requires_grad_() for x in (image, text, torch.tensor(1.1))]
+    image, text = torch.randn(7, 5, generator=g), torch.randn(7, 5, generator=g)
+    want, got = make(), make()
+    clip_loss(*want, mask).backward()
+    parts = [clip_loss(*got, mask, slice(a, b), chunk=2) for a, b in zip(cuts, cuts[1:])]
+    assert sum(parts).item() == pytest.approx(slow_loss(image, text, 1.1, also), abs=1e-5)
+    sum(parts).backward()
+    for one, other in zip(got, want):
+        torch.testing.assert_close(one.grad, other.grad, atol=1e-6, rtol=1e-5)
+
+
+def test_memory_of_the_loss_grows_with_the_batch_not_with_its_square():
+    """Numbers kept for the backward pass, each storage counted once."""
+    kept = {}
+    for B in (256, 512, 1024):
+        features, held = [torch.randn(B, 8, requires_grad=True) for _ in range(2)], {}
+
+        def pack(x):
+            held[x.untyped_storage().data_ptr()] = x
+            return x
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            clip_loss(*features, torch.tensor(1.0, requires_grad=True), chunk=32)
+        kept[B] = sum(x.untyped_storage().nbytes() for x in held.values()) / 4
+    assert kept[1024] < 2.1 * kept[512] < 4.5 * kept[256] and kept[1024] < 100 * 1024
+
+
+def test_recomputed_blocks_give_the_same_gradients():
+    pixels, ids = batch()
+    found = []
+    for recompute in (False, True):
+        model = shake(CLIP(config()))
+        model.vision_model.encoder.recompute = model.text_model.encoder.recompute = recompute
+        clip_loss(model.encode_image(pixels), model.encode_text(ids), model.logit_scale).backward()
+        found.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found))
+
+
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from nanopatho.grpo import (AGGREGATIONS, aggregate, drop_truncated, group_advantages, keep_groups, kl_k3, length_ok,
-                            loss_count, policy_loss, sampler_weights, soft_overlong_penalty)
+from nanopatho.grpo import (AGGREGATIONS, aggregate, collapsed, describe, drop_truncated, group_advantages, keep_groups,
+                            kl_k3, length_ok, loss_count, policy_loss, sampler_weights, soft_overlong_penalty)
 
 F64 = torch.float64
 
@@ -424,3 +424,36 @@ def test_overlong_penalty_points_of_equation_13():
 def test_drop_truncated_masks_whole_answers():
     mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
     assert drop_truncated(mask, torch.tensor([False, True])).tolist() == [[True, True, False], [False] * 3]
+
+
+# ----------------------------------------------------------------------------------------------- what a step looks like
+
+def test_describe_by_hand():
+    def group(accuracy, rewards, lengths, truncated, **more):
+        mask = torch.arange(4) < torch.tensor(lengths)[:, None]
+        parts = [dict(format=1.0, accuracy=a, length=float(n < 4), reward=r, **more)
+                 for a, r, n in zip(accuracy, rewards, lengths)]
+        return dict(parts=parts, mask=mask, logps=torch.where(mask, -0.5, math.nan), truncated=truncated)
+    groups = [group([1.0, 0.0], [1.0, -1.0], [2, 4], [False, True], claims=0.5),
+              group([1.0, 1.0], [1.0, 0.5], [1, 1], [False] * 2),
+              group([0.0, 0.0], [-1.0, -1.0], [3, 1], [False] * 2)]
+    got = describe(groups, 2)
+    want = dict(format=1, accuracy=0.5, reward=-0.5 / 6, claims=0.5, length_ok=5 / 6, length=2, truncated=1 / 6,
+                rollout_tokens=12, length_std=math.sqrt(8 / 5), pass_at_k=2 / 3, mixed=1 / 3, zero_variance=1 / 3, entropy=0.5)
+    assert got == pytest.approx(want)
+
+
+def test_collapse_is_told_from_a_bad_start():
+    well = dict(entropy=0.2, length=30.0, format=0.97, truncated=0.01)
+    best = {}
+    assert collapsed(well, best) == "" and best == dict(entropy=0.2, truncated=0.01, format=0.97)
+    for change, words in [(dict(format=0.4), "kept by 40% of the answers, 97% at best"), (dict(truncated=0.6), "60% of"),
+                          (dict(length=2.0), "2.0 tokens long"), (dict(entropy=1.6), "1.60 nats a token, 0.20 at the start"),
+                          (dict(entropy=1e-4), "1.0e-04 nats")]:
+        assert words in collapsed({**well, **change}, best)
+    for fine in (dict(format=0.5), dict(truncated=0.4), dict(length=8.0), dict(entropy=0.9), dict(entropy=0.01)):
+        assert collapsed({**well, **fine}, dict(best)) == ""
+    # a start that cannot write the format yet, talks on and on and is nearly random, and then learns: no collapse
+    path, best = [(3.0, 64, 0.0, 1.0), (2.0, 60, 0.1, 0.8), (0.5, 14, 0.9, 0.0), (0.1, 12, 1.0, 0.0)], {}
+    assert not any(collapsed(dict(zip(("entropy", "length", "format", "truncated"), p)), best) for p in path)
+    assert best["entropy"] == 3.0 and collapsed(dict(entropy=0.1, length=12, format=0.4, truncated=0.0), best)

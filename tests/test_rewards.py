@@ -215,6 +215,19 @@ def test_the_four_readings(f, a, l, grpo_sum, grpo_gated, dapo_gated, dapo_sum):
     assert [combine(parts, r) for r in READINGS] == pytest.approx([grpo_sum, grpo_gated, dapo_gated, dapo_sum])
 
 
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.one_of(TAG, st.sampled_from("ABCD"), st.text(max_size=3)), max_size=10).map("".join),
+       st.integers(1, 9))
+def test_no_text_earns_more_than_the_one_right_answer(text, n_tokens):
+    """Whatever is written: every reading stays in its range, and reaches the top only with a right answer in form."""
+    parts = score_answer(text, RECORD, n_tokens=n_tokens, length_limit=5)
+    for reading, low in zip(READINGS, (0, 0, -1, 0)):
+        reward = combine(parts, reading)
+        assert low <= reward <= 1
+        if reward == 1:
+            assert scored(text) == (1, 1) and (n_tokens <= 5 or reading.startswith("grpo"))
+
+
 def test_claims_enter_only_when_asked_for():
     parts = {"format": 1.0, "accuracy": 1.0, "length": 1.0, "claims": -0.5}
     assert combine(parts) == 1.0 and combine(parts, claim_weight=0.2) == pytest.approx(0.9)

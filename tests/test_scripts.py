@@ -101,6 +101,29 @@ def test_resume_is_bitwise(stage, chain, world, tmp_path, monkeypatch):
     assert not (tmp_path / "broken" / "last").exists()
 
 
+# --- a step that is not finite ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", ["clip", "pretrain"])
+def test_a_step_that_is_not_finite_is_passed_over(stage, world, chain, tmp_path, monkeypatch):
+    """The third of five. It is counted, also by a run that is resumed after it, and nothing of it reaches the weights."""
+    script = train_clip if stage == "clip" else train_pretrain
+    owner, name = (train_clip, "clip_loss") if stage == "clip" else (train_pretrain.PathoVLM, "loss")
+    real, steps, calls = getattr(owner, name), [], []
+    monkeypatch.setattr(owner, name, lambda *a, **k: calls.append(1) or real(*a, **k) * (math.nan if len(calls) == 3 else 1))
+    update = script.Optimizers.step
+    monkeypatch.setattr(script.Optimizers, "step", lambda self, lr: steps.append(lr) or update(self, lr))
+    length = dict(steps_morphology=2, steps_all=3) if stage == "clip" else dict(steps=5, init=chain / "pretrain")
+    fields = dict(QUICK, data=world, out=tmp_path, batch_size=4, eval_items=0 if stage == "clip" else 1, **length)
+    saved, real_save = [], script.checkpoint.save
+    monkeypatch.setattr(script.checkpoint, "save", lambda *a: saved.append(a[3]) or real_save(*a))
+    script.main(options(**fields, save_every=4, max_skipped=1))
+    rows = metrics(tmp_path)
+    assert len(steps) == 4 and [r.get("skipped") for r in rows] == [None, None, 1, None, None]
+    assert "loss" not in rows[2] and all("loss" in r for i, r in enumerate(rows) if i != 2)
+    assert [len(s["skipped"]) for s in saved] == [1, 1] and "step 3: loss is nan" in saved[0]["skipped"][0]
+
+
 # --- command line and bad input ---------------------------------------------------------------------------------------
 
 
