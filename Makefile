@@ -2,7 +2,7 @@
 # make test   the tests
 # Both set up .venv by themselves. A machine with CUDA: make demo TORCH="torch" uses the newest build.
 VENV  ?= .venv
-TORCH ?= torch==2.13.0
+TORCH ?= torch==2.13.0 triton==3.6.0 "numpy<2.4"
 PY     = OMP_WAIT_POLICY=passive $(VENV)/bin/python
 
 .PHONY: demo study test clean
@@ -17,7 +17,7 @@ test: $(VENV)/.ok
 
 $(VENV)/.ok: pyproject.toml
 	test -x $(VENV)/bin/python || python3 -m venv $(VENV)
-	$(VENV)/bin/python -m pip install -q $(TORCH) -e ".[dev,parity]"
+	$(VENV)/bin/python -m pip install -q $(TORCH) -e ".[dev,parity,data]"
 	touch $@
 
 clean:
