@@ -150,7 +150,7 @@ def main(argv=None):
     if rank:
         return
     fast = distributed.for_evaluation(model, device)
-    results = caption_claims(fast, tokenizer, c.data, c.eval_items, images)
+    results = caption_claims(fast, tokenizer, c.data, c.eval_items, images, max_pixels=c.max_pixels)
     checkpoint.finish(c.out, model, tokenizer)
     write_json(f"{c.out}/results.json", {"seconds": round(seconds, 1), **results})
     print(f"pretrain: {seconds:.0f} s, " + ", ".join(f"{k} {v:.3f}" for k, v in results.items() if isinstance(v, float)))

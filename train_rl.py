@@ -291,7 +291,7 @@ def main(argv=None):
     if rank:
         return
     fast = distributed.for_evaluation(model, device)
-    options = dict(max_new_tokens=c.max_new_tokens, images=images)
+    options = dict(max_new_tokens=c.max_new_tokens, images=images, max_pixels=c.max_pixels)
     results = {}
     if "test" in pools:
         results, each = evaluate(fast, tokenizer, c.data, items=c.eval_items, samples=c.eval_samples,

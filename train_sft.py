@@ -159,7 +159,7 @@ def main(argv=None):
     if rank:
         return
     fast = distributed.for_evaluation(model, device)
-    ask = dict(max_new_tokens=c.max_new_tokens, prompt=c.style, images=images)
+    ask = dict(max_new_tokens=c.max_new_tokens, prompt=c.style, images=images, max_pixels=c.max_pixels)
     results = {}
     if "test" in pools:
         results, each = evaluate(fast, tokenizer, c.data, items=c.eval_items, samples=c.eval_samples,
@@ -168,7 +168,7 @@ def main(argv=None):
     results["pools"] = {pool: evaluate(fast, tokenizer, c.data, pool=pool, items=c.eval_items, samples=0, **ask)[0]
                         for pool in ("test_combo", "test_stain") if pool in pools}
     if c.style == "cot" and "val" in pools:
-        show_samples(fast, tokenizer, c.data, c.out, score=score, max_new_tokens=c.max_new_tokens, images=images)
+        show_samples(fast, tokenizer, c.data, c.out, score=score, **ask)
     checkpoint.finish(c.out, model, tokenizer)
     write_json(f"{c.out}/results.json", {"seconds": round(seconds, 1), **results})    # last: it says the stage is done
     print(f"sft: {seconds:.0f} s" + "".join(f", {k} {results[k]:.3f}" for k in ("greedy_accuracy", "sampled_accuracy")

@@ -103,7 +103,10 @@ TRAIN = {
                     max_new_tokens=320),
         "rl": dict(lr=5e-5, warmup=5, weight_decay=0.0, prompts=64, steps=200, max_new_tokens=320, micro_batch=128),
     },
-    "3b": {}, "7b": {}, "clip-b16": {}, "clip-l14": {},
+    # Full size: activations, not weights, decide what fits (`--dry-run` shows it), so blocks are recomputed in small passes.
+    **{size: {"pretrain": dict(recompute=True, micro_batch=2, max_skipped=5), "sft": dict(recompute=True, micro_batch=2, max_skipped=5),
+              "rl": dict(recompute=True, micro_batch=8, max_skipped=5)} for size in ("3b", "7b")},
+    "clip-b16": {}, "clip-l14": {},
 }
 
 

@@ -32,6 +32,7 @@ class Config:
 def numbers(monkeypatch):
     monkeypatch.setitem(presets.TRAIN, "smoke", {"sft": dict(steps=3, lr=1e-3)})
     monkeypatch.setitem(presets.TRAIN, "tiny", {"sft": dict(steps=9)})
+    monkeypatch.setitem(presets.TRAIN, "3b", {})
 
 
 def parse(*argv, stage="sft"):
