@@ -21,7 +21,7 @@ from nanopatho.chat import ChatTokenizer, train_tokenizer
 from nanopatho.data import Images, caption_row, check_images, question_text, read_records, shuffled, vlm_batch
 from nanopatho.evaluate import caption_claims, check_facts, read_lexicon
 from nanopatho.log import Run, check_finite, speed, vlm_flops, write_json
-from nanopatho.optim import Optimizers
+from nanopatho.optim import Optimizers, lr_factors
 from nanopatho.vlm import PathoVLM, trainable
 
 
@@ -40,6 +40,8 @@ class Config:
     steps: int = say(1000, "optimizer steps")
     batch_size: int = say(64, "pairs per step", least=1)
     lr: float = say(1e-5, "peak learning rate, cosine to a tenth")
+    vision_lr: float = say(0.0, "peak learning rate of the vision tower, 0 = as --lr")
+    projector_lr: float = say(0.0, "peak learning rate of the projector, 0 = as --lr")
     warmup: int = say(50, "steps of linear warm-up")
     optimizer: str = say("adamw", "adamw, or muon: Muon for the matrices of the layers, AdamW for the rest",
                          choices=("adamw", "muon"))
@@ -99,7 +101,7 @@ def main(argv=None):
               f"{world} x {device.type}")
 
     # ------------------------------------------------------------------------------------------------ optimizer
-    optimizer = Optimizers(model, c.lr, c.weight_decay, c.optimizer)
+    optimizer = Optimizers(model, c.lr, c.weight_decay, c.optimizer, factors=lr_factors(c.lr, c.vision_lr, c.projector_lr))
     order, first = shuffled(len(records), c.batch_size, rng), 0
     state, skipped = checkpoint.resume(c.out, model, optimizer), []
     if state:

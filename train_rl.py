@@ -49,7 +49,7 @@ from nanopatho.chat import ChatTokenizer
 from nanopatho.data import Images, check_images, check_pools, read_records, shuffled
 from nanopatho.evaluate import check_facts, evaluate, read_lexicon, show_samples
 from nanopatho.log import ConfigError, Run, check_finite, speed, write_json
-from nanopatho.optim import Optimizers
+from nanopatho.optim import Optimizers, lr_factors
 from nanopatho.packed import answer_logps, micro_batches, score_again
 from nanopatho.rollout import collect, deal, rollout
 from nanopatho.vlm import PathoVLM, trainable
@@ -74,6 +74,8 @@ class Config:
     updates: int = say(2, "optimizer steps per rollout, each on its share of the groups", least=1)
     epochs: int = say(1, "passes over each rollout; 2 or more lets the clip act on the same answers", least=1)
     lr: float = say(1e-6, "learning rate, constant between warm-up and decay")
+    vision_lr: float = say(0.0, "peak learning rate of the vision tower, 0 = as --lr")
+    projector_lr: float = say(0.0, "peak learning rate of the projector, 0 = as --lr")
     warmup: int = say(10, "optimizer steps of linear warm-up")
     decay: float = say(0.0, "last share of the rollout steps over which the learning rate falls linearly to zero")
     optimizer: str = say("adamw", "adamw, or muon: Muon for the matrices of the layers, AdamW for the rest",
@@ -168,7 +170,7 @@ def main(argv=None):
         print(f"{c.algo}: {sum(p.numel() for p in parameters) / 1e6:.2f} M trained parameters, {len(records)} questions, {device}")
 
     # ------------------------------------------------------------------------------------------------ optimizer
-    optimizer = Optimizers(model, c.lr, c.weight_decay, c.optimizer)
+    optimizer = Optimizers(model, c.lr, c.weight_decay, c.optimizer, factors=lr_factors(c.lr, c.vision_lr, c.projector_lr))
     order, best, bad, skipped = shuffled(len(records), 1, rng), {}, 0, []
     easy = torch.zeros(2, len(records), dtype=torch.long)            # times in a row all right; passes it still sits out
     first = drawn = done = 0                                         # steps, questions drawn, optimizer steps

@@ -23,7 +23,7 @@ from nanopatho.chat import PROMPTS, ChatTokenizer, train_tokenizer
 from nanopatho.data import Images, check_images, check_pools, curriculum, read_records, vlm_batch
 from nanopatho.evaluate import check_facts, evaluate, read_lexicon, show_samples
 from nanopatho.log import Run, check_finite, speed, vlm_flops, write_json
-from nanopatho.optim import Optimizers
+from nanopatho.optim import Optimizers, lr_factors
 from nanopatho.vlm import PathoVLM, trainable
 
 
@@ -43,6 +43,8 @@ class Config:
     steps: int = say(1000, "optimizer steps")
     batch_size: int = say(64, "conversations per step", least=1)
     lr: float = say(1e-5, "peak learning rate, cosine to a tenth")
+    vision_lr: float = say(0.0, "peak learning rate of the vision tower, 0 = as --lr")
+    projector_lr: float = say(0.0, "peak learning rate of the projector, 0 = as --lr")
     warmup: int = say(20, "steps of linear warm-up")
     optimizer: str = say("adamw", "adamw, or muon: Muon for the matrices of the layers, AdamW for the rest",
                          choices=("adamw", "muon"))
@@ -107,7 +109,7 @@ def main(argv=None):
               f"{world} x {device.type}")
 
     # ------------------------------------------------------------------------------------------------ optimizer
-    optimizer = Optimizers(model, c.lr, c.weight_decay, c.optimizer)
+    optimizer = Optimizers(model, c.lr, c.weight_decay, c.optimizer, factors=lr_factors(c.lr, c.vision_lr, c.projector_lr))
     order, first = list(curriculum(records, c.steps, c.batch_size, rng)), 0
     state, skipped = checkpoint.resume(c.out, model, optimizer), []
     if state:

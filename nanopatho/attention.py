@@ -112,6 +112,11 @@ def _decode(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None) -> Tensor:
     return decode(q, k, v, keep=keep)
 
 
+def _cascade(q, shared_k, shared_v, k, v, lengths, keep, starts, most) -> Tensor:
+    from kernels.decode import cascade
+    return cascade(q, shared_k, shared_v, k, v, lengths, prompt_keep=keep, starts=starts, most=most)
+
+
 def _vision(qkv: Tensor, cos: Tensor, sin: Tensor, sizes: tuple[int, ...]) -> Tensor:
     from kernels import vision
     half = cos.shape[-1] // 2  # the kernels take each angle once, and no sign in sin
@@ -214,6 +219,16 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, sizes: tuple[int, ...], sh
     for each answer which of them is its prompt, -1 for prompts. Answers stand directly behind their prompt.
     """
     return _call(_packed, *(x[0].transpose(0, 1) for x in (q, k, v)), True, sizes, shared).transpose(0, 1)[None]
+
+
+def group_attention(q: Tensor, shared_k: Tensor, shared_v: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None,
+                    keep: Tensor | None, starts: Tensor, most: int) -> Tensor:
+    """One new token of each answer over its prompt's keys, stored once, and its own; kernels only (see generate.py).
+
+    q (A, Hq, D); shared k, v (B, Hk, T, D), keep (B, T) bool without their padding; own k, v (A, Hk, S, D) of which
+    lengths (A,) count, None = all. starts (B + 1,): rows starts[b]:starts[b + 1] belong to prompt b, `most` at most.
+    """
+    return _call(_cascade, q, shared_k, shared_v, k, v, lengths, keep, starts, most)
 
 
 def rotary_tables(angles: Tensor, dtype=torch.float32) -> tuple[Tensor, Tensor]:

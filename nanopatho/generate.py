@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attention import padded_causal_mask
+from .attention import WIDTHS, group_attention, kernels_for, padded_causal_mask
 from .decoder import KVCache
 from .vlm import PathoVLM, log_softmax, mrope_positions
 
@@ -106,11 +106,12 @@ class GroupCache:
         self.width = int(place.max()) + 1  # W
         full = len(rows) == self.width * len(kept)
         self.slot = None if full else self.owner * self.width + place  # (A,) its place among B * W queries
+        prompts = torch.arange(len(kept) + 1, device=rows.device)
+        self.starts = torch.searchsorted(self.owner, prompts, out_int32=True)  # (B + 1,): first row of each prompt
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: None) -> Tensor:
         """One new token a row: q (A, Hq, 1, D), k, v (A, Hk, 1, D) -> (A, Hq, 1, D)."""
         (A, Hq, _, D), Hk = q.shape, k.shape[1]
-        q = q.reshape(A, Hk, Hq // Hk, D)  # the query heads of a key head
         if self.at is None:
             self.k[layer, :, :, self.length], self.v[layer, :, :, self.length] = k[:, :, 0], v[:, :, 0]
             seen, later = slice(self.length + 1), None
@@ -120,7 +121,12 @@ class GroupCache:
             seen, later = slice(None), torch.arange(self.k.shape[3], device=q.device) > self.at
         own_k, own_v = self.k[layer, :, :, seen], self.v[layer, :, :, seen]  # (A, Hk, S, D)
         shared_k, shared_v = self.shared_k[layer], self.shared_v[layer]  # (B, Hk, T, D)
+        if kernels_for(q, f"cached heads of width {D}", D in WIDTHS and D != 80):
+            filled = None if self.at is None else (self.at + 1).expand(A)
+            keep = None if self.padding is None else ~self.padding[:, 0, 0]
+            return group_attention(q[:, :, 0], shared_k, shared_v, own_k, own_v, filled, keep, self.starts, self.width)[:, :, None]
 
+        q = q.reshape(A, Hk, Hq // Hk, D)  # the query heads of a key head
         common = self.together(q) @ shared_k.transpose(2, 3)  # (B, Hk, W * Hq/Hk, T)
         own = q @ own_k.transpose(2, 3)  # (A, Hk, Hq/Hk, S)
         if self.padding is not None:

@@ -161,7 +161,7 @@ def header(results, stages):
              is_number(results.get("seconds")) and duration(results["seconds"])]
     missing = [title for name, (title, _) in STAGES.items() if not stages.get(name, {}).get("results")]
     soon = (f'<p class="soon"><b>Still to come:</b> {esc(", ".join(missing))}. '
-            "This page is written again after every stage; reload it.</p>" if missing else "")
+            "This page is written again every minute and after every stage; reload it.</p>" if missing else "")
     return (f'<p class="eyebrow">{esc(" · ".join(f for f in facts if f))}</p>'
             "<h1>Learning to look, to reason, and to reason better</h1>"
             '<p class="lead">Patho-R1 in miniature, from the first pixel to the last reward: a small vision-language '

@@ -57,11 +57,15 @@ def finished(out, name):
     return (Path(out) / name / "results.json").is_file()
 
 
-def run_all(table, jobs, after=lambda name, seconds: None):
-    """Run tasks {name: (arguments, needs, folder)} with at most `jobs` processes at a time; stop at the first failure."""
+def run_all(table, jobs, after=lambda name, seconds: None, meanwhile=lambda: None, every=60.0):
+    """Run tasks {name: (arguments, needs, folder)} with at most `jobs` processes at a time; stop at the first failure.
+    after: called when one ends; meanwhile: every so many seconds."""
     waiting = {n: t for n, t in table.items() if not finished(t[2], Path(t[0][t[0].index("--out") + 1]).name)}
-    done, running = set(table) - set(waiting), {}
+    done, running, looked = set(table) - set(waiting), {}, time.time()
     while waiting or running:
+        if time.time() - looked >= every:
+            meanwhile()
+            looked = time.time()
         for name in [n for n, t in waiting.items() if set(t[1]) <= done][:jobs - len(running)]:
             command = [sys.executable, *waiting.pop(name)[0]]
             print(f"\n$ {shlex.join(['python', *command[1:]])}", flush=True)
@@ -125,7 +129,8 @@ def demo(c):
     spent["data"] = json.loads((data / "card.json").read_text(encoding="utf-8"))["seconds"]     # drawn now, or by an earlier call
     collect()
     table = {n: (a, needs, out) for n, (a, needs) in tasks(c.preset, data, out, c.seed).items()}
-    run_all(table, 1, collect)
+    first = out / "clip" / "metrics.jsonl"
+    run_all(table, 1, collect, lambda: report.write(out) if first.is_file() else None)    # curves that grow, from the first minute
     collect()
 
 

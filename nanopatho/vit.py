@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .attention import Segments, rotary_tables, rotate, segment_attention, segments
+from .attention import Segments, rotary_tables, segments, vision_attention
 from .projector import PatchMerger, RMSNorm
 
 THETA = 10000.0  # rotary base of the tower; fixed in the published code
@@ -95,9 +95,8 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, plan: Segments) -> Tensor:
-        q, k, v = self.qkv(x).view(len(x), 3, self.heads, -1).unbind(1)  # each (P, H, K)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        return self.proj(segment_attention(q, k, v, plan).flatten(1))  # (P, H, K) -> (P, D)
+        qkv = self.qkv(x).view(len(x), 3, self.heads, -1)  # (P, 3, H, K)
+        return self.proj(vision_attention(qkv, cos, sin, plan).flatten(1))  # (P, H, K) -> (P, D)
 
 
 class MLP(nn.Module):

@@ -13,6 +13,7 @@ from interpreter import relative, shim
 from kernels import logprob
 from nanopatho import attention as A
 from nanopatho.decoder import KVCache
+from nanopatho.generate import generate
 from nanopatho.presets import VLM
 from nanopatho.vlm import PathoVLM, mrope_positions
 
@@ -166,3 +167,20 @@ def test_choices_that_cannot_be_made_are_errors(forced):
         done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
                               env={"PATH": "", "NANOPATHO_KERNELS": setting})
         assert words in done.stderr and (done.returncode == 0) == (setting == "auto"), done.stderr
+
+
+@pytest.mark.parametrize("graph", [False, True])
+def test_sampling_through_the_kernels_equals_the_plain_path(model, forced, graph):
+    """Two prompts of unlike length, padded left, three answers each, some ending early: the same tokens and
+    log-probabilities with the prompt's keys read by the cascade kernel. graph: fixed shapes, the unwritten part hidden."""
+    ids, pixels, grid, mask = batch(model)
+    ids, mask = ids.flip(1), mask.flip(1)                              # the padding to the left; image tokens are one block
+    made = []
+    for choice in ("off", "on"):
+        forced(choice)
+        made.append(generate(model, ids, pixels, grid, attention_mask=mask, group_size=3, max_new_tokens=6, temperature=1.0, graph=graph,
+                             eos_token_ids=[7, 8, 9, *range(100, 400)], pad_token_id=0, seeds=torch.arange(6)))
+    plain, kernels = made
+    assert torch.equal(plain.ids, kernels.ids) and torch.equal(plain.mask, kernels.mask)
+    assert plain.mask.sum(1).unique().numel() > 1                      # rows left at different times
+    torch.testing.assert_close(kernels.logps, plain.logps, atol=2e-5, rtol=0)

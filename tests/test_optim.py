@@ -8,7 +8,7 @@ from torch import nn
 
 from nanopatho import presets
 from nanopatho.clip import CLIP
-from nanopatho.optim import Optimizers
+from nanopatho.optim import Optimizers, lr_factors
 from nanopatho.vlm import PathoVLM, trainable
 
 
@@ -58,6 +58,25 @@ def test_weight_decay_leaves_norms_and_biases():
     optimizer.step(0.5)
     for name, p in model.named_parameters():
         assert torch.allclose(p, before[name] * (0.95 if p.ndim == 2 else 1.0)), name
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_parts_move_at_their_own_rate(kind):
+    """The first step of either is the learning rate times a direction that does not depend on it."""
+    moved = []
+    for factors in (None, lr_factors(1e-3, vision_lr=1e-4, projector_lr=5e-4)):
+        torch.manual_seed(0)
+        model = PathoVLM(presets.VLM["smoke"])
+        before = {n: p.clone() for n, p in model.named_parameters()}
+        optimizer, g = Optimizers(model, 1e-3, 0.0, kind, factors=factors), torch.Generator().manual_seed(1)
+        for p in model.parameters():
+            p.grad = torch.randn(p.shape, generator=g)
+        optimizer.step(2e-3)                                           # a schedule's rate: the shares stay
+        moved.append({n: p - before[n] for n, p in model.named_parameters()})
+    for name, whole in moved[0].items():
+        share = 0.5 if ".merger." in name else 0.1 if name.startswith("visual.") else 1.0
+        torch.testing.assert_close(moved[1][name], share * whole, atol=2e-7, rtol=1e-3)
+    assert lr_factors(0.0) == {} and set(lr_factors(1e-5).values()) == {1.0}
 
 
 @pytest.mark.parametrize("make", [lambda: PathoVLM(presets.VLM["smoke"]), lambda: CLIP(presets.CLIP["smoke"]),

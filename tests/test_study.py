@@ -72,6 +72,13 @@ def test_run_all_waits_for_what_a_task_needs(jobs, tmp_path):
     assert log(tmp_path) == ["late", "first", "first"]
 
 
+def test_run_all_looks_up_meanwhile(tmp_path):
+    pages = []
+    run_all({"a": fake(tmp_path, "a", "import time; time.sleep(0.9)")}, 1, meanwhile=lambda: pages.append(finished(tmp_path, "a")),
+            every=0.3)
+    assert pages and not pages[0]                                      # while it ran, not only after it
+
+
 def test_run_all_stops_at_a_failure(tmp_path):
     table = {"good": fake(tmp_path, "good"), "bad": fake(tmp_path, "bad", "raise SystemExit(7)", needs=("good",)),
              "never": fake(tmp_path, "never", needs=("bad",))}

@@ -1,0 +1,245 @@
+"""Tar shards as an endless stream of batches, for sets that are too many files or too large to lie in memory.
+
+    sources = [source("shards/atlas", "captions", 2.0), source("shards/articles", "captions", 1.0)]
+    for rows, state in stream(sources, batch=64, mine=distributed.share(64), workers=4, state=saved):
+        ...                              # rows: this process's records, r["_images"] their pictures; images_of(r)
+        saved = state                    # small and plain: what to keep to go on behind this batch
+
+Which record stands where is a function of the seed and its number in the stream, and of nothing else: not of the number
+of processes or workers, nor of where a run was stopped. So a resumed run begins at once, wherever it was, and 1 x 8 rows,
+2 x 4 and 4 x 2 are the same batches. In each pass over a source its shards are drawn in a new order, and records are
+shuffled among `window` neighbouring shards: all reads fall into those few files, each record is one read of its slice, and
+a shard is read from a network drive once a node, the rest comes from the system's cache. Decoding happens in worker
+processes ahead of the consumer, each at its own batch; memory depends on batch, workers and window, not on the set.
+
+A record that cannot be used gives its place to the next sound one of its shard, which then comes twice in that pass. It
+is named on stderr and in state["damaged"]; after more than max_damaged of them on one process the stream ends. Flipped
+bits that leave a readable picture are found by `python -m data_prep validate FOLDER`, which reads everything, not here.
+
+Needs data.py, image.py and torch's DataLoader. The format is described in data_prep/shards.py.
+"""
+import bisect
+import collections
+import functools
+import io
+import json
+import signal
+import sys
+import tarfile
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from .data import DataError, augment, check_record
+from .image import ImageError, open_image
+
+FORMAT = "nanopatho-shards-1"
+UNUSABLE = (ImageError, ValueError, KeyError, OSError, EOFError, OverflowError, tarfile.TarError)
+
+
+def source(folder, pool, weight=None):
+    """One pool of a shard folder -> dict(name, shards, records, weight). weight: its share of the stream beside others',
+    on any scale; None: its number of records. Only index.json is read; every shard must be there in full length."""
+    folder = Path(folder)
+    try:
+        index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+        pools = index["pools"] if index["format"] == FORMAT else None
+        if pools is None or pool not in pools:
+            raise ValueError(f"format {index['format']!r}, this reads {FORMAT}" if pools is None else
+                             f"no pool {pool!r}, it has {', '.join(pools)}")
+        shards = [dict(path=str(folder / Path(s["file"]).name), records=int(s["records"]), bytes=int(s["bytes"]))
+                  for s in pools[pool]["shards"] if s["records"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{folder}/index.json: cannot be used ({error}); `python -m data_prep shard` makes such "
+                        "folders") from error
+    there = lambda path, size: path.is_file() and path.stat().st_size == size and path.with_suffix(".json").is_file()
+    wrong = [f"{s['path']} ({s['bytes']:,} bytes)" for s in shards if not there(Path(s["path"]), s["bytes"])]
+    if wrong or not shards:
+        raise DataError(f"{folder}: pool {pool} holds no records" if not shards else
+                        f"{folder}: {len(wrong)} of {len(shards)} shards of {pool} are not there with this length and their "
+                        f".json; copy them again: {', '.join(wrong[:20])}")
+    records = sum(s["records"] for s in shards)
+    weight = records if weight is None else weight
+    if not 0 <= weight < float("inf"):
+        raise DataError(f"{folder}, {pool}: weight {weight}; it must be 0 or more")
+    return dict(name=f"{folder}/{pool}", shards=shards, records=records, weight=weight)
+
+
+def images_of(record):
+    """-> list of uint8 (H, W, 3), as data.Images gives them: the `images` argument of data.vlm_batch."""
+    return record["_images"]
+
+
+def batches(sources, batch, state, weights=None):
+    """-> endless generator of (rows, state behind them); rows: [(number of the source, record number in its stream)].
+
+    Each place goes to the source that is owed most, so after n places every source has had its share of n to within
+    one or two records, whatever the seed. weights: function of the batch number -> weights (a curriculum over sources).
+    """
+    number, owed, taken = state["batch"], list(state["owed"]), list(state["taken"])
+    while True:
+        now = np.array(weights(number) if weights else [s["weight"] for s in sources], dtype=float)
+        if now.shape != (len(sources),) or not now.min() >= 0 or not 0 < now.sum() < np.inf:
+            raise DataError(f"batch {number}: weights {now.tolist()} for {len(sources)} sources; give each 0 or more")
+        rows = []
+        for _ in range(batch):
+            owed = [o + float(w) for o, w in zip(owed, now / now.sum())]
+            k = max(range(len(sources)), key=lambda k: (owed[k], -k))
+            rows.append((k, taken[k]))
+            owed[k], taken[k] = owed[k] - 1.0, taken[k] + 1
+        number += 1
+        yield rows, dict(batch=number, owed=[*owed], taken=[*taken])
+
+
+class Shards(Dataset):
+    """[(source, record number)] -> what a worker makes of them. At most two windows of shards a source are open."""
+
+    def __init__(self, sources, use, seed, window, turn, make):
+        self.sources, self.use, self.seed, self.window, self.turn, self.make = sources, use, seed, window, turn, make
+        self.tables = {}
+
+    @functools.lru_cache(16)
+    def groups(self, k, epoch):
+        """Source k in pass `epoch` -> its shards in their order, in groups of `window`; records before each group."""
+        shards = self.sources[k]["shards"]
+        order = np.random.default_rng([self.seed, k, epoch]).permutation(len(shards)).tolist()
+        groups = [order[i:i + self.window] for i in range(0, len(order), self.window)]
+        return groups, [0, *accumulate(sum(shards[s]["records"] for s in g) for g in groups)]
+
+    @functools.lru_cache(16)
+    def shuffled(self, k, epoch, group):
+        """-> (n, 2) array of (shard, record in it): the records of one group in the order they are drawn in."""
+        shards, members = self.sources[k]["shards"], self.groups(k, epoch)[0][group]
+        pairs = np.array([(s, i) for s in members for i in range(shards[s]["records"])])
+        return np.random.default_rng([self.seed, k, epoch, group]).permutation(pairs)
+
+    def place(self, k, number):
+        """Record `number` of the endless stream of source k -> (shard, record in it)."""
+        epoch, at = divmod(number, self.sources[k]["records"])
+        before = self.groups(k, epoch)[1]
+        group = bisect.bisect_right(before, at) - 1
+        return self.shuffled(k, epoch, group)[at - before[group]].tolist()
+
+    def table(self, k, s):
+        """Shard s of source k -> (open file, ids, offsets)."""
+        if (k, s) not in self.tables:
+            shard, path = self.sources[k]["shards"][s], Path(self.sources[k]["shards"][s]["path"])
+            try:
+                table = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+                ids, offsets = table["ids"], table["offsets"]
+                if not len(ids) == len(offsets) - 1 == shard["records"] or offsets[-1] > shard["bytes"] or \
+                        any(a >= b for a, b in zip([-1, *offsets], offsets)):
+                    raise ValueError("its ids and offsets do not fit the tar")
+                file = open(path, "rb")
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise DataError(f"{path.with_suffix('.json')}: cannot be used ({error}); copy the shard again") from error
+            while len(self.tables) >= 2 * self.window * len(self.sources):
+                self.tables.pop(next(iter(self.tables)))[0].close()
+            self.tables[k, s] = file, ids, offsets
+        return self.tables[k, s]
+
+    def read(self, file, start, end):
+        """One slice of a shard -> its record with its pictures; one of UNUSABLE if it cannot be used."""
+        file.seek(start)
+        piece = file.read(end - start)
+        with tarfile.open(fileobj=io.BytesIO(piece), mode="r:") as tar:
+            data = {m.name: piece[m.offset_data:m.offset_data + m.size] for m in tar if m.isreg()}
+        record = json.loads(data[next(iter(data), "its .json")])
+        if problems := check_record(record, self.use):
+            raise ValueError("; ".join(f"field '{field}' {problem}" for field, problem in problems))
+        names = record.get("image") or []
+        return {**record, "_images": [decode(n, data[n]) for n in ([names] if isinstance(names, str) else names)]}
+
+    def sound(self, k, number, problems):
+        """-> the record of this number; in place of a damaged one the next sound one of its shard."""
+        s, first = self.place(k, number)
+        (file, ids, offsets), path = self.table(k, s), self.sources[k]["shards"][s]["path"]
+        for i in [*range(first, len(ids)), *range(first)]:
+            try:
+                return {**self.read(file, offsets[i], offsets[i + 1]), "_where": f"{path}: {ids[i]}"}
+            except UNUSABLE as error:
+                why = f"{error} is not in the tar" if isinstance(error, KeyError) else error
+                problems.append(f"{path}: {ids[i]}: {why}")
+        raise DataError(f"{path}: not one of its {len(ids)} records can be used; {problems[-1]}")
+
+    def __getitem__(self, rows):
+        problems = []
+        records = [self.sound(k, number, problems) for k, number in rows]
+        for r, (k, number) in zip(records, rows if self.turn else []):   # by its number, so alike on every process
+            rng = np.random.default_rng([self.seed, k, number])
+            r["_images"] = [augment(a, rng) for a in r["_images"]]
+        if self.make:
+            return self.make(records), None, problems
+        # One piece of shared memory a batch: a file descriptor for every picture would use them up.
+        flat = [a.reshape(-1) for r in records for a in r["_images"]]
+        shapes = [{**r, "_images": [a.shape for a in r["_images"]]} for r in records]
+        return shapes, torch.from_numpy(np.concatenate(flat)) if flat else torch.empty(0, dtype=torch.uint8), problems
+
+
+class Member(io.BytesIO):
+    """A file in memory that messages call by its name."""
+
+    def __init__(self, name, data):
+        super().__init__(data)
+        self.name = name
+
+    def __str__(self):
+        return self.name
+
+
+def decode(name, data):
+    """Bytes of the picture `name` -> uint8 (H, W, 3); ImageError says what is wrong."""
+    try:
+        return np.asarray(open_image(Member(name, data)))
+    except TypeError as error:                                           # what open_image says of bytes PIL does not know
+        raise ImageError(f"{name}: not an image PIL knows ({len(data):,} bytes)") from error
+
+
+def leave_signals(worker):
+    """Slurm and torchrun signal every process; the one that trains saves and then ends its workers."""
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def stream(sources, batch, *, mine=slice(None), use="caption", seed=0, window=8, workers=0, ahead=2, turn=False, make=None,
+           weights=None, max_damaged=100, state=None):
+    """Endless generator of (rows, state): `batch` records of all sources, of them those in the slice `mine`.
+
+    use: the fields that must be there (data.NEEDED). workers: processes that decode (0: none, in the consumer itself),
+    each `ahead` batches before the consumer at most. turn: pictures are turned and mirrored (data.augment). make: a
+    function of the rows that the workers apply, for example data.vlm_batch; its result is then what comes as `rows`.
+    state: as it came with the last batch that counts; what it belongs to (sources, seed, window) must be the same.
+    """
+    key = [seed, window, *(s["records"] for s in sources)]
+    state = state or dict(batch=0, owed=[0.0] * len(sources), taken=[0] * len(sources), damaged=[], key=key)
+    if state["key"] != key:
+        raise DataError(f"the stream was left with seed, window and numbers of records {state['key']}, now they are {key}: "
+                        "it cannot go on where it was. Give the old ones, or start again in another --out")
+    behind, damaged = collections.deque(), [*state["damaged"]]
+
+    def ours():
+        for rows, after in batches(sources, batch, state, weights):
+            behind.append(after)
+            yield rows[mine]
+
+    # A generator of its own: torch's random state is the run's, and it must not matter whether a stream was opened.
+    loader = DataLoader(Shards(sources, use, seed, window, turn, make), batch_size=None, sampler=ours(),
+                        num_workers=workers, prefetch_factor=ahead if workers else None, collate_fn=tuple,
+                        worker_init_fn=leave_signals, generator=torch.Generator().manual_seed(seed))
+    for rows, flat, problems in loader:
+        for text in problems:
+            if text not in damaged:
+                damaged.append(text)
+                tqdm.write(f"damaged: {text}", file=sys.stderr)
+        if len(damaged) > max_damaged:
+            raise DataError(f"{len(damaged)} damaged records, more than --max_damaged {max_damaged}; the last ones:\n"
+                            + "\n".join(damaged[-20:]))
+        if flat is not None:
+            pieces = iter(np.split(flat.numpy(), np.cumsum([np.prod(shape) for r in rows for shape in r["_images"]])[:-1]))
+            for r in rows:
+                r["_images"] = [next(pieces).reshape(shape) for shape in r["_images"]]
+        yield rows, dict(behind.popleft(), damaged=[*damaged], key=key)
