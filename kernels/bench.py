@@ -12,6 +12,7 @@ does it: bytes once in and once out, 4 D flops a visible pair and head, 3.5 time
 
 Shapes are those of Qwen2.5-VL-3B and of the RL stage. The table belongs into kernels/RESULTS.md, with the lines above.
 """
+import argparse
 import itertools
 import statistics
 import sys
@@ -191,14 +192,17 @@ def table(device, sizes, words=(), rounds=ROUNDS, top=None):
             yield name, n, errors[n]
 
 
-def main():
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", help="only rows whose name contains one of these")
+    parts = parser.parse_args(argv).parts
     if not torch.cuda.is_available():
         sys.exit("kernels.bench measures a GPU and finds none (torch.cuda.is_available() is False). Without one there "
                  "is python -m kernels.compile_check for registers and instructions, and the tests for the numbers.")
     import triton
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}, "
           f"triton {triton.__version__}")
-    for _ in table("cuda", FULL, sys.argv[1:]):
+    for _ in table("cuda", FULL, parts):
         pass
 
 

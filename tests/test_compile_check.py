@@ -93,7 +93,7 @@ def test_mistakes_end_with_a_hint():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_bench_says_that_it_needs_a_gpu():
     with pytest.raises(SystemExit, match="finds none"):
-        bench.main()
+        bench.main([])
 
 
 def test_every_provider_of_the_bench_computes_the_same(capsys):

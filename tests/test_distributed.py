@@ -292,7 +292,7 @@ def children(pid):
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes of torchrun in /proc")
 def test_torchrun_starts_again_after_a_kill(world, chain, tmp_path):
-    fields = dict(fields_of("sft", world, chain), steps=8, save_every=2)
+    fields = dict(fields_of("sft", world, chain), steps=40, save_every=2)     # long enough to be hit while it trains
     run(0, train, "sft", dict(fields, out=tmp_path / "whole"))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts",
                "1", "train_sft.py", *options(**fields, out=tmp_path / "run")]

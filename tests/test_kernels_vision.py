@@ -6,6 +6,7 @@ import torch
 from interpreter import GATES, poison, relative, shim
 from kernels.vision import full_attention, rotate, vision_reference, window_attention
 from nanopatho import vit
+from nanopatho import attention
 from nanopatho.attention import segment_attention
 
 shim()
@@ -65,8 +66,8 @@ def test_twin_equals_the_vision_tower():
     cos, sin, windows, images, tables = tower([(10, 12), (4, 6)], D)
     qkv, _ = inputs(len(cos), 2, D, torch.float64)
     q, k, v = qkv.unbind(1)
-    assert relative(rotate(q, cos, sin), vit.rotate(q, tables.cos, tables.sin)) < 1e-15
-    q, k = (vit.rotate(x, tables.cos, tables.sin) for x in (q, k))
+    assert relative(rotate(q, cos, sin), attention.rotate(q, tables.cos, tables.sin)) < 1e-15
+    q, k = (attention.rotate(x, tables.cos, tables.sin) for x in (q, k))
     for cu, plan in ((windows, tables.windows), (images, tables.images)):
         assert relative(vision_reference(qkv, cos, sin, cu), segment_attention(q, k, v, plan)) < 1e-14
 

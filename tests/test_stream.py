@@ -217,9 +217,11 @@ def test_folders_that_cannot_be_used(tmp_path):
 
 def test_workers_leave_signals_to_the_one_that_trains(folder):
     """Slurm's signal reaches the workers too; the stream goes on, so that the run can save."""
+    children = lambda: {int(p) for p in os.listdir("/proc") if p.isdigit() and stat(p) == os.getpid()}
+    others = children()                                                # of other tests in this process
     generator = stream([source(folder, "a")], 8, workers=2)
     next(generator)
-    own = [int(p) for p in os.listdir("/proc") if p.isdigit() and stat(p) == os.getpid()]
+    own = children() - others
     for pid in own:
         os.kill(pid, signal.SIGTERM)
     for _ in range(20):
