@@ -1,11 +1,12 @@
 # make demo   the whole of Patho-R1 in miniature, then open runs/demo/report.html
 # make test   the tests
+# make study  three seeds and the ablations; make notebooks runs them and writes their outputs; make bench times the kernels (CUDA)
 # Both set up .venv by themselves. A machine with CUDA: make demo TORCH="torch" uses the newest build.
 VENV  ?= .venv
 TORCH ?= torch==2.13.0 triton==3.6.0 "numpy<2.4"
 PY     = OMP_WAIT_POLICY=passive $(VENV)/bin/python
 
-.PHONY: demo study test clean
+.PHONY: demo study test notebooks bench clean
 demo: $(VENV)/.ok
 	$(PY) -m nanopatho.study demo --preset tiny --out runs/demo
 
@@ -15,9 +16,15 @@ study: $(VENV)/.ok
 test: $(VENV)/.ok
 	OMP_NUM_THREADS=1 $(PY) -m pytest tests
 
+notebooks: $(VENV)/.ok
+	$(PY) notebooks/run.py --all
+
+bench: $(VENV)/.ok
+	$(PY) -m kernels.bench
+
 $(VENV)/.ok: pyproject.toml
 	test -x $(VENV)/bin/python || python3 -m venv $(VENV)
-	$(VENV)/bin/python -m pip install -q $(TORCH) -e ".[dev,parity,data]"
+	$(VENV)/bin/python -m pip install -q $(TORCH) -e ".[dev,parity,data,notebooks]"
 	touch $@
 
 clean:
