@@ -174,7 +174,7 @@ def test_what_is_said_of_the_sizes():
     assert prep.FIELDS["answers"][0] == "text" and prep.PRESETS["small"]["answers"] == "letter"
     assert f"{sum(p.numel() for p in PathoVLM(presets.VLM['tiny']).parameters()) / 1e6:.0f}" == "2"   # "two million weights"
     assert presets.TRAIN["tiny"]["sft"]["train"] == "projector,decoder"                      # "freezes the vision tower"
-    assert len(TEXT.splitlines()) <= 360 and (ROOT / "docs" / "contact_sheet.png").stat().st_size < 900_000
+    assert len(TEXT.splitlines()) <= 380 and (ROOT / "docs" / "contact_sheet.png").stat().st_size < 900_000
 
 
 def test_the_record_is_a_record():
