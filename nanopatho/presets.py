@@ -87,7 +87,7 @@ TRAIN = {
     # tiny starts from random weights: Muon, and a learning rate a thousand times that of fine-tuning published ones.
     "tiny": {
         "clip": dict(optimizer="muon", batch_size=64, lr=2e-3, warmup=20, weight_decay=0.05, steps_morphology=250,
-                     steps_all=200, partial=0.7, stain=0.2, save_every=100),
+                     steps_all=300, partial=0.7, stain=0.2, save_every=100),
         "pretrain": dict(optimizer="muon", batch_size=32, lr=2e-3, warmup=50, steps=850, save_every=250),
         "sft": dict(optimizer="muon", train="projector,decoder", batch_size=16, lr=2e-3, warmup=20, steps=800,
                     save_every=200, max_new_tokens=64, eval_sample_items=300),
