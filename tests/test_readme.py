@@ -27,7 +27,7 @@ MADE_LATER = ("runs/", "data/", "weights/", "tiles/", ".venv")         # what th
 NAMES_IN_FOLDERS = {"captions.jsonl", "sft.jsonl", "rl.jsonl", "val.jsonl", "test.jsonl", "metrics.jsonl", "funnel.html", "report.html"}
 # Needs what a test has not: the network, other people's files, minutes, a GPU. Their options are looked up in their own --help.
 ONLY_HELP = ("data_prep fetch", "data_prep convert", "data_prep articles", "data_prep pdf", "data_prep filter", "data_prep split",
-             "data_prep shard", "kernels.bench", "kernels.compile_check", "nanopatho.weights fetch", "nanopatho.doctor",
+             "data_prep shard", "kernels.bench", "kernels.compile_check", "nanopatho.weights fetch", "nanopatho.weights bench", "nanopatho.doctor",
              "nanopatho.bench_rl", "nanopatho.ablate ingredients", "nanopatho.scale")
 SCRIPTS = {name: importlib.import_module(f"train_{name}") for name in ("clip", "pretrain", "sft", "rl")}
 
