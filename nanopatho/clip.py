@@ -7,7 +7,8 @@ Module and parameter names are those of the published Hugging Face checkpoints (
 the typo is in every file), so `state_dict()` of this model IS a published file. `from_pretrained` reads
   - a Hugging Face folder: config.json + model.safetensors (or an indexed set of shards, or pytorch_model.bin);
   - an open_clip `.pt` (Patho-CLIP's form): a bare state dict or one under "state_dict", `module.` in front or not;
-  - OpenAI's own `.pt`, which is a TorchScript archive.
+  - OpenAI's own `.pt`, a TorchScript archive: torch.jit.load compiles the program in it, so take that file from its
+    publisher only. The other two hold tensors, and nothing in them is run.
 May be copied alone: needs torch, and safetensors for files.
 
 Shapes: B batch, C channels, N patches (N = (image_size/patch_size)^2), T text tokens, D width of a tower, H heads,
@@ -16,7 +17,9 @@ Shapes: B batch, C channels, N patches (N = (image_size/patch_size)^2), T text t
 import json
 import math
 import os
+import pickle
 import re
+import sys
 import zipfile
 
 import torch
@@ -248,7 +251,7 @@ class CLIP(nn.Module):
         if hidden_act:
             config["text_config"]["hidden_act"] = config["vision_config"]["hidden_act"] = hidden_act
         vision = config["vision_config"]
-        print(f"clip: {path}: {vision['image_size']} px, hidden_act {vision['hidden_act']}")
+        print(f"clip: {path}: {vision['image_size']} px, hidden_act {vision['hidden_act']}", file=sys.stderr)
         with torch.device("meta"):                                            # shapes only: no second copy in memory
             model = cls(config)
         expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
@@ -260,7 +263,9 @@ class CLIP(nn.Module):
         if problems:
             raise ValueError(f"{path}: not the weights of its config ({len(problems)} faults): "
                              + "; ".join(problems[:5]))
-        model.load_state_dict({k: v.to(device=device, dtype=dtype) for k, v in state.items()}, assign=True)
+        for name in state:                                                    # one at a time: never two whole copies
+            state[name] = state[name].to(device=device, dtype=dtype)
+        model.load_state_dict(state, assign=True)
         model.requires_grad_(True)
         return model.eval()
 
@@ -354,10 +359,24 @@ def read_folder(folder):
             raise ValueError(f"{', '.join(files)}: damaged or cut off ({error}); fetch or train it again") from error
     old = os.path.join(folder, "pytorch_model.bin")
     if os.path.isfile(old):
-        return config, torch.load(old, map_location="cpu", weights_only=True)
+        return config, read_tensors(old)
     missing = [f for f in files if not os.path.isfile(f)]
     raise FileNotFoundError(f"{missing[0]}: missing ({len(missing)} of {len(files)} weight files; no pytorch_model.bin "
                             "either)")
+
+
+def read_tensors(path):
+    """A file of torch.save that holds a dict of tensors, or one under "state_dict"; anything else is refused unrun."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = state.get("state_dict", state)
+        if odd := [name for name, value in state.items() if not isinstance(value, torch.Tensor)]:
+            raise TypeError(f"{odd[0]} is a {type(state[odd[0]]).__name__}")
+    except (pickle.UnpicklingError, RuntimeError, EOFError, AttributeError, TypeError) as error:
+        reason = re.split(r"\. |\n", str(error).strip())[0] or type(error).__name__   # torch goes on: how to run it
+        raise ValueError(f"{path}: damaged, or more than a dict of tensors; nothing in it was run. Fetch it again, or "
+                         f"take a safetensors file ({reason})") from error
+    return state
 
 
 def read_pt(path):
@@ -369,8 +388,7 @@ def read_pt(path):
     if is_archive:
         state = dict(torch.jit.load(path, map_location="cpu").state_dict())
     else:
-        state = torch.load(path, map_location="cpu", weights_only=True)       # tensors only, no code
-        state = state.get("state_dict", state)
+        state = read_tensors(path)
     return {k.removeprefix("module."): v for k, v in state.items()}, is_archive
 
 

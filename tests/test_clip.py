@@ -103,7 +103,7 @@ def test_open_clip_file(wrapped, tmp_path, capsys):
     torch.save(state if wrapped == "bare" else {"epoch": 3, "state_dict": state}, tmp_path / "ViT-L-14-336.pt")
     read = CLIP.from_pretrained(tmp_path / "ViT-L-14-336.pt").eval()
     assert read.config["vision_config"]["image_size"] == 42           # from the positions, whatever the name says
-    assert read.config["text_config"]["hidden_act"] == "gelu" and "hidden_act gelu" in capsys.readouterr().out
+    assert read.config["text_config"]["hidden_act"] == "gelu" and "hidden_act gelu" in capsys.readouterr().err
     pixels, ids = batch()
     with torch.no_grad():
         assert torch.equal(read(pixels, ids), model(pixels, ids))
@@ -322,3 +322,40 @@ def test_errors_name_the_cause(tmp_path):
     state["visual.trunk.stem.weight"] = torch.zeros(1)
     with pytest.raises(ValueError, match="visual.trunk.stem.weight"):
         from_open_clip(state)
+
+
+class Bomb:
+    """A pickle that writes a file when it is loaded by a careless program."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+@pytest.mark.parametrize("name", ["clip.pt", "pytorch_model.bin"])
+def test_files_that_are_not_tensors_are_refused_unrun(name, tmp_path):
+    model, path = CLIP(config()), tmp_path / name
+    where = tmp_path if name.endswith(".bin") else path
+    (tmp_path / "config.json").write_text(json.dumps(model.config))
+
+    def refused(word):
+        with pytest.raises(ValueError, match="nothing in it was run") as error:
+            CLIP.from_pretrained(where)
+        message = str(error.value)
+        assert name in message and word in message and "\n" not in message and len(message) < 500, message
+
+    torch.save({"logit_scale": Bomb(tmp_path / "ran")}, path)
+    refused("clip" if name == "clip.pt" else "pytorch_model")
+    assert not (tmp_path / "ran").exists()
+    torch.save({"state_dict": {"logit_scale": [1, 2]}}, path)
+    refused("logit_scale is a list")
+    torch.save([torch.zeros(1)], path)
+    refused("list")
+    torch.save(to_open_clip(model.state_dict()), path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:len(whole) // 2])
+    refused(name)
+    path.write_bytes(b"")
+    refused(name)

@@ -300,7 +300,8 @@ def test_bench(tmp_path, capfd):
     weights.main(["bench", str(tmp_path), "--preset", "smoke"])
     shapes = {n: p.shape for n, p in PathoVLM(presets.VLM["smoke"]).named_parameters()}
     assert {n: p.shape for n, p in PathoVLM.from_pretrained(tmp_path).named_parameters()} == shapes
-    assert re.search(r"peak memory \S+ GB = \S+ x the files; reading \S+ s, loading \S+ s", capfd.readouterr().out)
+    assert re.search(r"peak memory \S+ GB = \S+ x the files\nreading \S+ s, into new memory \S+ s; loading \S+ s",
+                     capfd.readouterr().out)
     with pytest.raises(ConfigError, match="not empty"):
         weights.main(["bench", str(tmp_path), "--preset", "smoke"])
 
