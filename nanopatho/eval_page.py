@@ -131,7 +131,7 @@ def browse(items, others, most):
 
 def write(folder, compare=None, most=20):
     """Write FOLDER/report.html -> its path."""
-    from .evaluate import read_items
+    from .benchmark import read_items
     folder, items = Path(folder), read_items(folder)
     read = lambda path: json.loads(path.read_text(encoding="utf-8"))
     results, others = read(folder / "results.json"), {r["id"]: r for r in read_items(compare)} if compare else {}

@@ -184,7 +184,7 @@ def main(argv=None):
     add("--parallel", type=int, default=4, help="requests at a time")
     add("--pause", type=float, default=1.0, help="first pause after a failure in seconds; doubles")
     c = parser.parse_args(argv)
-    from .evaluate import read_items
+    from .benchmark import read_items
     items = [r for r in read_items(c.run) if c.all or r["kind"] == "open"][:c.items or None]
     if not items:
         raise ConfigError(f"{c.run}/items.jsonl holds no open question; --all judges the others too")

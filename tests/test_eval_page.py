@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nanopatho import eval_page, evaluate
+from nanopatho import benchmark as bench
+from nanopatho import eval_page
 from nanopatho.log import ConfigError
 
 EVIL = "<script>alert(1)</script>"
@@ -46,11 +47,11 @@ def make(folder, right, extra=False):
                       "text": f"<think>fat {EVIL}</think><answer>A</answer>", "share": 0.5, "numbers": numbers,
                       "why": "no <answer> block" if i == 0 else None,
                       "claims": [{"start": 7, "end": 10, "true": True, "attribute": "material", "value": "fat"}]})
-    results = {"model": "m", "questions": "q.jsonl", "reference": evaluate.reference("pathmmu-test") if extra else None,
-               **evaluate.tabulate(items)}
+    results = {"model": "m", "questions": "q.jsonl", "reference": bench.reference("pathmmu-test") if extra else None,
+               **bench.tabulate(items)}
     if extra:
-        before = evaluate.read_items(folder.parent / "one")
-        results["compare"] = {"with": "the first", **evaluate.compare(before, items)}
+        before = bench.read_items(folder.parent / "one")
+        results["compare"] = {"with": "the first", **bench.compare(before, items)}
         (folder / "faithful.json").write_text(json.dumps({"sensitivity": {"value": 0.625, "ci": [0.5, 0.75], "n": 8}}))
         (folder / "clip.json").write_text(json.dumps({"recall_at_1": {"value": 0.5, "low": 0.4, "high": 0.6, "n": 9}}))
     (folder / "items.jsonl").write_text("".join(json.dumps(r) + "\n" for r in items))

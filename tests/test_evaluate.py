@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from nanopatho import benchmark as bench
 from nanopatho import chat, evaluate, faithful, presets
 from nanopatho.evaluate import (answers, ask, blind, caption_claims, heatmap, interval, judge, paired_gain,
                                 read_lexicon, show_samples, table)
@@ -396,11 +397,11 @@ def benchmark(data):
 
 
 def test_kinds_of_questions_and_their_prompts(benchmark):
-    records = evaluate.read_benchmark(benchmark)
+    records = bench.read_benchmark(benchmark)
     assert [r["_kind"] for r in records[::5]] == ["closed", "closed", "open"] * 2 and records[1]["_kind"] == "choice"
-    closed = [evaluate.as_choice(r) for r in records[:6:5]]
+    closed = [bench.as_choice(r) for r in records[:6:5]]
     assert [(r["options"], r["answer"]) for r in closed] == [(["yes", "no"], "A"), (["yes", "no"], "B")]
-    assert evaluate.as_choice(records[10]) is None and evaluate.as_choice(records[1]) is records[1]
+    assert bench.as_choice(records[10]) is None and bench.as_choice(records[1]) is records[1]
     user = lambda r, **more: evaluate.ask(r, **more)[1][1]["content"]
     assert user(records[0]) == "<image>Which?" and user(records[1]) == question_text(records[1])
     assert user({**records[1], "image": None}) == question_text(records[1]).removeprefix("<image>")
@@ -408,7 +409,7 @@ def test_kinds_of_questions_and_their_prompts(benchmark):
     lines = benchmark.read_text().splitlines()
     benchmark.write_text("\n".join([lines[0], json.dumps({"id": "x", "question": "Why?", "image": "0.png"})]) + "\n")
     with pytest.raises(DataError, match=r"bench.jsonl:2 id=x: field 'answer' is missing"):
-        evaluate.read_benchmark(benchmark)
+        bench.read_benchmark(benchmark)
 
 
 def test_max_pixels_is_obeyed(model, tokenizer, data):
@@ -421,11 +422,11 @@ def test_max_pixels_is_obeyed(model, tokenizer, data):
 def test_option_logps_equal_one_plain_pass_for_each_option(tokenizer, benchmark):
     torch.manual_seed(2)
     model = PathoVLM({**presets.VLM["smoke"], "initializer_range": 0.15}).eval()
-    records = [evaluate.as_choice(r) for r in evaluate.read_benchmark(benchmark)[1:7] if evaluate.as_choice(r)]
+    records = [bench.as_choice(r) for r in bench.read_benchmark(benchmark)[1:7] if bench.as_choice(r)]
     replies = ["<think>I see fat.</think><answer>B</answer>", "<think>cut off in the", ""] * 2
     images = Images()
     for form in ("text", "letter"):
-        got = evaluate.option_logps(model, tokenizer, records, replies, form, "cot", images, evaluate.MAX_PIXELS)
+        got = bench.option_logps(model, tokenizer, records, replies, form, "cot", images, evaluate.MAX_PIXELS)
         for record, reply, scores in zip(records, replies, got):
             head = reply.split("<answer>")[0] if "</think>" in reply else reply and reply + "</think>"
             totals, shown = [], LETTERS[:len(record["options"])] if form == "letter" else record["options"]
@@ -446,14 +447,14 @@ def test_option_logps_equal_one_plain_pass_for_each_option(tokenizer, benchmark)
 
 def test_killed_five_times_and_on_two_ranks_the_table_is_the_same(model, tokenizer, benchmark, tmp_path):
     """Real kills: a forked process answers and dies by SIGKILL once a few lines of the journal are written."""
-    records, c, mark = evaluate.read_benchmark(benchmark), settings(without_image=False), {"made": "for a test"}
+    records, c, mark = bench.read_benchmark(benchmark), settings(without_image=False), {"made": "for a test"}
 
     def work(name, rank=0, world=1, load=lambda: (model, tokenizer)):
         (tmp_path / name).mkdir(exist_ok=True)
-        return evaluate.answer_all(load, records, c, tmp_path / name, mark, rank=rank, world=world)
+        return bench.answer_all(load, records, c, tmp_path / name, mark, rank=rank, world=world)
 
     def table(entries):
-        return json.dumps([evaluate.score_item(r, entries[r["id"]], {}, LEXICON) for r in records])
+        return json.dumps([bench.score_item(r, entries[r["id"]], {}, LEXICON) for r in records])
 
     want = table(work("whole"))
     journal, lines = tmp_path / "broken" / "journal-0.jsonl", 1
@@ -481,7 +482,7 @@ def test_killed_five_times_and_on_two_ranks_the_table_is_the_same(model, tokeniz
         work("whole")
     journal.write_bytes(journal.read_bytes().replace(b'"batch": 3', b'"batch": x'))
     with pytest.raises(ConfigError, match=r"broken.*journal-0.jsonl, line \d+: not JSON"):
-        evaluate.read_journal(tmp_path / "broken", {})
+        bench.read_journal(tmp_path / "broken", {})
 
 
 def entry(text, *samples, cut=False, **more):
@@ -496,7 +497,7 @@ def test_items_and_table_by_hand():
                      loglik=[(-3, 1), (-2, 1), (-9, 9)]),
                entry("I say B", say("x", "A"), say("x", "B"), "", "", cut=True, blind=(say("x", "B"), False)),
                entry(say("x", "no, none")), entry(say("x", "pools"))]
-    items = [evaluate.score_item(r, e, {"random": 1 / 3}, LEXICON) for r, e in zip(records, entries)]
+    items = [bench.score_item(r, e, {"random": 1 / 3}, LEXICON) for r, e in zip(records, entries)]
     n = [i["numbers"] for i in items]
     assert n[0] == pytest.approx({
         "accuracy": 1, "unreadable": 0, "lenient": 1, "sampled": 0.5, "sampled_unreadable": 0.25, "majority": 1,
@@ -504,7 +505,7 @@ def test_items_and_table_by_hand():
     assert n[1]["accuracy"] == n[1]["lenient"] == 0 and n[1]["majority"] == 0.5 and n[1]["without_image"] == 1
     assert items[1]["why"] == "cut off at --max_new_tokens" and items[0]["why"] is None
     assert n[2]["accuracy"] == 1 and n[3] == {"f1": pytest.approx(2 / 3), "recall": 0.5, "open_unreadable": 0}
-    out = evaluate.tabulate(items, {"P": 1, "S": 3})
+    out = bench.tabulate(items, {"P": 1, "S": 3})
     assert out["overall"]["accuracy"]["value"] == pytest.approx(2 / 3) and out["overall"]["f1"]["n"] == 1
     assert out["by_subset"]["P"]["accuracy"]["value"] == 0.5 and out["by_kind"]["closed"]["accuracy"]["n"] == 1
     assert out["size_weighted"]["accuracy"]["value"] == pytest.approx(0.25 * 0.5 + 0.75 * 1)
@@ -512,10 +513,10 @@ def test_items_and_table_by_hand():
     assert out["why"] == {items[1]["why"]: 1}
     json.dumps(out, allow_nan=False)
     other = [dict(i, numbers=dict(i["numbers"], accuracy=1.0)) if "accuracy" in i["numbers"] else i for i in items]
-    test = evaluate.compare(items, other)
+    test = bench.compare(items, other)
     assert test["accuracy"]["gain"] == pytest.approx(1 / 3) and test["accuracy, P"]["better"] == test["f1"]["p"] == 1
     with pytest.raises(ConfigError, match="1 of 4 questions are not the same.*'q3'"):
-        evaluate.compare(items, [*other[:3], dict(other[3], answer="fat")])
+        bench.compare(items, [*other[:3], dict(other[3], answer="fat")])
 
 
 @pytest.mark.parametrize("text,why,lenient", [
@@ -524,7 +525,7 @@ def test_items_and_table_by_hand():
     ("so " + say("x", "B"), "outside the blocks", 1), (say("", "B"), "an empty block", 1),
     (say("x", "A or B"), "names no option", None), ("<think>it is B</think> (B)", "no <answer> block", 1)])
 def test_why_an_answer_is_not_read(text, why, lenient):
-    item = evaluate.score_item(record(_kind="choice", _root=""), entry(text), {}, {})
+    item = bench.score_item(record(_kind="choice", _root=""), entry(text), {}, {})
     assert why in item["why"] and item["numbers"]["unreadable"] == 1 and item["numbers"]["accuracy"] == 0
     assert item["numbers"]["lenient"] == float(lenient == 1)
 
