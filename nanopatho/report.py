@@ -5,7 +5,8 @@
 
 Reads whatever is there, so that it can be called after every stage; what is missing is named as still to come.
     RUN/results.json                        preset, seconds, machine, stages, blind (all optional)
-    RUN/{clip,pretrain,sft,grpo,dapo}/      run.json (settings), metrics.jsonl, results.json, samples/questions.json
+    RUN/{clip,pretrain,sft,grpo,dapo}/      run.json (settings), metrics.jsonl, speed.jsonl, results.json,
+                                            samples/questions.json
 A file that is there but broken stops the page with its name, the line or question, and what is wrong with it.
 
 Needs its sibling page.py for the drawing (and that Pillow, for pictures). Numbers are shown as recorded; only the
@@ -47,6 +48,16 @@ METRICS = {
     "old_kl": ("KL inside a step", "how far the updates on one rollout went", False),
     "sampler_gap": ("Sampler gap", "log-probability, sampling against training pass", False),
     "rounds": ("Rollout rounds", "a step, until enough groups teach", False),
+    "rollout_tokens_s": ("Sampling speed", "answer tokens a second", False),
+    "update_tokens_s": ("Update speed", "answer tokens a second, all updates on a rollout", False),
+    "rollout_tokens": ("Tokens sampled", "in a step, dropped groups too", False),
+    "update_tokens": ("Tokens learned from", "in a step, counted once an update", False),
+    "length_std": ("Spread of the length", "standard deviation, tokens", False),
+    "length_ok": ("Not overlong", "the length part of the reward", False),
+    "zero_variance": ("Groups that teach nothing", "all rewards equal", True),
+    "groups": ("Groups in the update", "", False),
+    "filled": ("Masked groups", "in place of missing ones, when the search was given up", False),
+    "skipped": ("Steps without an update", "1: no group taught anything", False),
     "grad_norm": ("Gradient norm", "before clipping", False),
     "lr": ("Learning rate", "", False),
     "logit_scale": ("Logit scale", "inverse temperature of the contrastive softmax", False),
@@ -108,7 +119,9 @@ def read_run(run):
     for name in STAGES:
         own, listed = read_json(run / name / "results.json"), (results.get("stages") or {}).get(name)
         path = run / name / "samples" / "questions.json"
-        stage = {"results": {**(own or {}), **(listed or {})}, "metrics": read_metrics(run / name / "metrics.jsonl"),
+        speed = {row["step"]: row for row in read_metrics(run / name / "speed.jsonl")}   # a resumed run repeats steps
+        metrics = [{**row, **speed.get(row["step"], {})} for row in read_metrics(run / name / "metrics.jsonl")]
+        stage = {"results": {**(own or {}), **(listed or {})}, "metrics": metrics,
                  "settings": read_json(run / name / "run.json") or {},
                  "questions": check_questions(read_json(path, list) or [], path)}
         if any(stage.values()):
@@ -319,7 +332,8 @@ def curves(stages):
         charts.append(dot_chart("Findings seen after pretraining", [
             (name.replace("_", " "), [("pretrain", value, None)], number(value, True)) for name, value in seen.items()
             if is_number(value)], top=1, note="captions that name the right value"))
-        out += (f'<h2>{"The stages before" if rl else "Training so far"}</h2><div class="grids packed">{"".join(charts)}</div>'
+        out += (f'<h2>{"The stages before" if rl else "Training so far"}</h2>'
+                f'<div class="grids packed">{"".join(charts)}</div>'
                 + "".join(other_curves(stages, [s], FIRST[s], f" by {STAGES[s][0]}") for s in early))
     return out
 

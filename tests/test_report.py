@@ -156,6 +156,12 @@ def test_only_folders_and_no_summary(tmp_path):
     (run / "sft").mkdir(parents=True)
     (run / "sft" / "metrics.jsonl").write_text('{"step": 0, "loss": 2.5}\n{"step": 1, "lo')      # still being written
     assert "Fine-tuning (SFT): Loss" in parse(report.write(run))[1]
+    (run / "grpo").mkdir()
+    (run / "grpo" / "metrics.jsonl").write_text('{"step": 0, "reward": 0.5}\n{"step": 1, "reward": 0.6}\n')
+    (run / "grpo" / "speed.jsonl").write_text('{"step": 0, "rollout_tokens_s": 7}\n{"step": 1, "rollout_tokens_s": 8}\n'
+                                              '{"step": 1, "rollout_tokens_s": 9}\n')   # resumed: the last counts
+    assert [row["rollout_tokens_s"] for row in report.read_run(run)[1]["grpo"]["metrics"]] == [7, 9]
+    assert "Sampling speed" in parse(report.write(run))[1]
     write_json(run / "sft" / "results.json", {"greedy_accuracy": 0.333, "seconds": 61})
     text = parse(report.write(run))[1]
     assert "33.3 %" in text and "1 min 1 s" in text
