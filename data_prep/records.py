@@ -243,20 +243,26 @@ class Card:
 
 
 @contextlib.contextmanager
-def new_folder(out):
+def new_folder(out, begun=None):
     """-> a folder beside `out` to write into, renamed to `out` when all is done: there is no half output. DataError if
-    something is there already."""
+    something is there already. begun: what the output follows from; the folder of a call that was killed is then kept,
+    and given again to a call with the same."""
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"{out}: is not empty; remove it or choose another --out")
     part = out.parent / f".{out.name}.part"
-    shutil.rmtree(part, ignore_errors=True)                              # of a call that was killed
-    part.mkdir(parents=True)
+    mark, text = part / "begun.json", json.dumps(begun)
+    if begun is None or not mark.is_file() or mark.read_text() != text:
+        shutil.rmtree(part, ignore_errors=True)                          # of a call that was killed
+    part.mkdir(parents=True, exist_ok=True)
+    mark.write_text(text)
     try:
         yield part
     except BaseException:
-        shutil.rmtree(part)
+        if begun is None:
+            shutil.rmtree(part)
         raise
+    mark.unlink()
     if out.exists():
         out.rmdir()
     os.replace(part, out)

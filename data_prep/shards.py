@@ -32,23 +32,43 @@ from nanopatho.data import DataError
 from nanopatho.image import ImageError, open_image
 
 FORMAT = "nanopatho-shards-1"
+UNUSABLE = "an image that cannot be used"
 
 
 def pack(files, out, per_shard=1000):
-    """JSONL files -> shard folder; returns its Card. DataError before anything is written."""
+    """JSONL files -> shard folder; returns its Card. DataError before anything is written. Called again after a kill, it
+    keeps the shards that were complete; the result is the same, byte for byte."""
     files, index = [Path(f) for f in files], {"format": FORMAT, "pools": {}}
     if len({f.stem for f in files}) < len(files):
         raise DataError(f"two of {', '.join(map(str, files))} have one name, and each becomes a pool of that name")
-    with records.new_folder(out) as folder, records.Card(folder, files, per_shard=per_shard) as card:
+    begun = {"per_shard": per_shard, "files": [[os.path.abspath(f), os.path.getsize(f), os.path.getmtime(f)]
+                                               for f in files if f.is_file()]}
+    with records.new_folder(out, begun) as folder, records.Card(folder, files, per_shard=per_shard) as card:
+        progress = folder / "progress.jsonl"                             # one line a finished shard
+        progress.touch()
+        done = [json.loads(line) for line in progress.read_bytes().split(b"\n")[:-1]]
+        progress.write_text("".join(json.dumps(row) + "\n" for row in done))      # without a torn last line
         for file in files:
             found = ((hashlib.sha256(r["id"].encode()).digest(), at) for _, r, at in records.lines(file, card.drop))
-            pairs, shards, kept = usable(file, sorted(found), card), [], 0
-            while (pair := next(pairs, None)) is not None:
+            order, shards, kept = iter(tqdm(sorted(found), unit="record", desc=file.stem)), [], 0
+            for row in (row for row in done if row["pool"] == file.stem):
+                count_again(file, order, card, row)
+                shards.append(row["shard"])
+                kept += row["shard"]["records"]
+            while True:
+                row = {"pool": file.stem, "dropped": {}}
+                pairs = itertools.islice(usable(file, order, card, row), per_shard)
+                first = next(pairs, None)
+                if first is None:
+                    break
                 path = folder / f"{file.stem}-{len(shards):06d}.tar"
-                shards.append(write_shard(path, kept, itertools.chain([pair], itertools.islice(pairs, per_shard - 1))))
+                shards.append(write_shard(path, kept, itertools.chain([first], pairs)))
                 kept += shards[-1]["records"]
+                with open(progress, "a") as log:
+                    log.write(json.dumps({**row, "shard": shards[-1]}) + "\n")
             index["pools"][file.stem] = {"records": kept, "shards": shards}
             copy_beside(file.parent, folder)
+        progress.unlink()
         (folder / "index.json").write_text(json.dumps(index, indent=1))
     return card
 
@@ -59,10 +79,11 @@ def copy_beside(folder, out):
             shutil.copyfile(f"{folder}/{name}", f"{out}/{name}")
 
 
-def usable(file, order, card):
-    """-> generator of (record, [(suffix, bytes of the image)]) in the given order of byte offsets."""
+def usable(file, order, card, row):
+    """-> generator of (record, [(suffix, bytes of the image)]) in the order of (hash, byte offset). row: "last" becomes
+    the offset of the last one given, "dropped" {offset: why}."""
     with open(file, "rb") as source:
-        for _, at in tqdm(order, unit="record", desc=file.stem):
+        for _, at in order:
             source.seek(at)
             record, images = json.loads(source.readline()), []
             try:
@@ -70,10 +91,26 @@ def usable(file, order, card):
                     open_image(path)
                     images.append((path.suffix.lower(), path.read_bytes()))
             except ImageError as error:
-                card.drop(f"{file}: {record['id']}", "an image that cannot be used", str(error))
+                row["dropped"][str(at)] = str(error)
+                card.drop(f"{file}: {record['id']}", UNUSABLE, str(error))
                 continue
             card.count(record)
+            row["last"] = at
             yield record, images
+
+
+def count_again(file, order, card, row):
+    """Take from `order` what a finished shard took, and tell the card; no image is opened."""
+    with open(file, "rb") as source:
+        for _, at in order:
+            source.seek(at)
+            record = json.loads(source.readline())
+            if str(at) in row["dropped"]:
+                card.drop(f"{file}: {record['id']}", UNUSABLE, row["dropped"][str(at)])
+            else:
+                card.count(record)
+            if at == row["last"]:
+                return
 
 
 def write_shard(path, first, pairs):

@@ -17,6 +17,7 @@ from PIL import Image
 from data_prep import __main__ as command
 from data_prep import records, shards
 from nanopatho.data import DataError
+from nanopatho.image import open_image
 
 
 @pytest.fixture
@@ -100,6 +101,40 @@ def test_same_records_give_the_same_bytes(data, tmp_path):
     pack(data, tmp_path / "two")
     one, two = files(tmp_path / "one"), files(tmp_path / "two")
     assert set(one) == set(two) and all(one[n] == two[n] for n in one if n not in ("card.json", "dropped.jsonl"))
+
+
+def test_a_killed_call_goes_on_to_the_same_bytes(data, tmp_path, monkeypatch):
+    pack(data, tmp_path / "whole", per_shard=4)
+    want, opened = files(tmp_path / "whole"), []
+
+    def stop_at(n):
+        left = iter(range(n))
+
+        def opens(path):
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            opened.append(path)
+            return open_image(path)
+        monkeypatch.setattr(shards, "open_image", opens)
+
+    for n in (0, 6, 3, 9):                                             # 23 + 1 images, then 3: killed four times
+        stop_at(n)
+        with pytest.raises(KeyboardInterrupt):
+            pack(data, tmp_path / "again", per_shard=4)
+        assert not (tmp_path / "again").exists()
+        with open(tmp_path / ".again.part" / "progress.jsonl", "a") as file:
+            file.write('{"pool": "captions", "dro')                    # what a kill may leave
+    stop_at(1000)
+    pack(data, tmp_path / "again", per_shard=4)
+    assert files(tmp_path / "again") == want and len(opened) < 27 + 4 * 4     # at most a shard is done again each time
+    stop_at(7)
+    with pytest.raises(KeyboardInterrupt):
+        pack(data, tmp_path / "other", per_shard=4)
+    stop_at(1000)
+    pack(data, tmp_path / "other", per_shard=5)                         # other settings: from the beginning
+    monkeypatch.undo()
+    pack(data, tmp_path / "five", per_shard=5)
+    assert files(tmp_path / "other") == files(tmp_path / "five")
 
 
 def test_validate_reads_shards_and_names_damage(data, tmp_path, capsys):
