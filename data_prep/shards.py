@@ -36,8 +36,8 @@ UNUSABLE = "an image that cannot be used"
 
 
 def pack(files, out, per_shard=1000):
-    """JSONL files -> shard folder; returns its Card. DataError before anything is written. Called again after a kill, it
-    keeps the shards that were complete; the result is the same, byte for byte."""
+    """JSONL files -> shard folder; returns its Card. DataError before anything is written. Called again after a kill,
+    it keeps the shards that were complete; the result is the same, byte for byte."""
     files, index = [Path(f) for f in files], {"format": FORMAT, "pools": {}}
     if len({f.stem for f in files}) < len(files):
         raise DataError(f"two of {', '.join(map(str, files))} have one name, and each becomes a pool of that name")
