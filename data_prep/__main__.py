@@ -9,6 +9,7 @@
   convert SET DIR --out DIR       published files -> records.jsonl, with a card of what was kept and dropped
   articles, pdf … --out DIR       open-access articles and books -> records       (each with its own --help)
   filter FILE.jsonl … --out DIR   the funnel: size, tissue, caption, duplicates, benchmarks;   stain: normalise colours
+  write FILE.jsonl … --out DIR    a teacher writes reasoning for SFT or questions for RL; what passes the gates is kept
   split FILE.jsonl … --out DIR    whole groups to train, val and test -> the files that the four scripts read
   shard FILE.jsonl … --out DIR    records and images -> tar shards;  unshard DIR --out DIR: back
   validate FILE.jsonl|DIR …       check every record and image, and show a record with the trained tokens in colour
@@ -356,7 +357,8 @@ def run_validate(args):
     return 1 if problems else 0
 
 
-OWN = {"articles": "articles", "pdf": "pdf", "filter": "filters", "stain": "stain"}   # modules with a main of their own
+OWN = {"articles": "articles", "pdf": "pdf", "filter": "filters", "stain": "stain",      # modules with a main of their own
+       "write": "cot"}
 RUN = {"microworld": run_microworld, "sheet": run_sheet, "folder": run_folder, "list": run_list, "fetch": run_fetch,
        "convert": run_convert, "split": run_split, "shard": run_shard, "unshard": run_unshard, "validate": run_validate}
 

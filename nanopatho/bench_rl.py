@@ -1,6 +1,6 @@
 """One RL step of this repository against one of TRL's GRPOTrainer: same weights, same sizes, one process, in turns.
 
-    pip install -e ".[trl]" && python -m nanopatho.bench_rl
+    pip install -e ".[bench]" && python -m nanopatho.bench_rl
 
 16 prompts of 32 tokens x 8 answers x 48 new tokens, without images; 4 layers of width 128, vocabulary 1,024; fp32, one thread;
 DAPO's loss in one update of all 128 answers, no KL. A step of TRL and a step of ours alternate; medians are printed, in CPU
@@ -68,7 +68,7 @@ def their_steps(model, prompts, steps, seconds, between, folder):
         from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, TrainerCallback
         from trl import GRPOConfig, GRPOTrainer
     except ImportError as error:
-        raise ConfigError(f"{error}: the other side of this benchmark needs TRL, pip install -e '.[trl]'") from error
+        raise ConfigError(f"{error}: the other side of this benchmark needs TRL, pip install -e '.[bench]'") from error
     same = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
             "rms_norm_eps", "rope_theta", "vocab_size")
     other = Qwen2ForCausalLM(Qwen2Config(**{k: model.config[k] for k in same}, tie_word_embeddings=True, bos_token_id=None,

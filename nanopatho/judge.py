@@ -5,27 +5,18 @@
 
 Reads RUN/items.jsonl of `evaluate qa` and asks for 1 to 5 points on each of ten criteria (the paper scored open answers
 by ten criteria and published neither them nor the prompt: these are ours). The judge reads text, no image. The number
-of requests and their cost are shown before anything is sent; --max_cost stops it. Every reply goes to RUN/judge.jsonl
-under a key of prompt version, judge, parameters and judged text: the same command goes on after a break and pays for
-nothing twice. Replies that cannot be read and requests that failed are told as rates in RUN/judge.json, never scored.
-Scores serve to compare and to look; they are no reward and no training data.
+of requests and their cost are shown before anything is sent; --max_cost stops it. Replies are kept in RUN/judge.jsonl
+(endpoint.py): the same command goes on after a break and pays for nothing twice. What cannot be read or failed is told
+as rates in RUN/judge.json, never scored. Scores serve to compare and to look; they are no reward and no training data.
 """
 import argparse
-import concurrent.futures
-import hashlib
 import json
-import os
-import random
-import re
-import threading
-import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
+from .endpoint import Journal, fill, key_of, windowed
 from .log import ConfigError, write_json
 from .metrics import interval
 
@@ -60,10 +51,9 @@ Reference answer:
 
 
 def prompt_of(item):
-    """A line of items.jsonl -> the judge's prompt. All fields go in at once: an answer that spells one stays text."""
+    """A line of items.jsonl -> the judge's prompt."""
     options = "".join(f"\n{chr(65 + i)}. {o}" for i, o in enumerate(item.get("options") or ()))
-    fields = {"question": item["question"] + options, "reference": item["answer"], "answer": item["text"]}
-    return re.sub(r"\{(question|reference|answer)\}", lambda m: fields[m[1]], PROMPT)
+    return fill(PROMPT, question=item["question"] + options, reference=item["answer"], answer=item["text"])
 
 
 def read_scores(reply):
@@ -77,80 +67,33 @@ def read_scores(reply):
     return scores if fine else None
 
 
-def request(url, body, key, timeout=120, tries=5, pause=1.0):
-    """POST body as JSON -> the reply as dict. Tries again on 429, 5xx and a lost connection, waiting twice as long each
-    time; ConfigError names what the endpoint refuses; OSError when all tries failed."""
-    headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
-    for attempt in range(tries):
-        try:
-            made = urllib.request.Request(url, json.dumps(body).encode(), headers)
-            with urllib.request.urlopen(made, timeout=timeout) as answer:
-                return json.loads(answer.read())
-        except urllib.error.HTTPError as error:
-            if error.code != 429 and error.code < 500:
-                said = error.read()[:300].decode(errors="replace")
-                raise ConfigError(f"{url}: HTTP {error.code}: {said}; mend --endpoint, --name or "
-                                  "NANOPATHO_JUDGE_KEY") from error
-            problem, wait = f"HTTP {error.code}", error.headers.get("Retry-After", "")
-        except (OSError, ValueError) as error:                       # no connection, a timeout; a reply that is no JSON
-            problem, wait = f"{type(error).__name__}: {error}", ""
-        if attempt + 1 < tries:
-            time.sleep(float(wait) if wait.isdigit() else pause * 2 ** attempt * random.uniform(0.5, 1.5))
-    raise OSError(f"{url}: {problem}, {tries} times")
+def judge_items(items, folder, c):
+    """Ask for every item that the journal does not hold -> list of rows, in the order of `items`."""
+    params = {"model": c.name, "temperature": 0, "max_tokens": c.max_tokens}
+    key = lambda item, n: key_of(VERSION, PROMPT, params, item["id"], prompt_of(item), n)
+    with Journal(Path(folder) / "judge.jsonl", cost=c.max_cost, prices=(c.price_in, c.price_out)) as journal:
+        todo = [prompt_of(item) for item in items if not journal.get(key(item, 0))]
+        guess = sum(len(text) / 3.5 * c.price_in + 120 * c.price_out for text in todo) / 1e6
+        print(f"judge: {len(items)} answers, {len(todo)} requests to {c.endpoint}, about {guess:.2f} at these prices")
+        if guess > c.max_cost:
+            raise ConfigError(f"judge: about {guess:.2f} is over --max_cost {c.max_cost}; raise it, or give --items")
 
-
-def read_done(path):
-    """Journal -> {key: row}; a last line that a kill cut off is dropped from the file."""
-    if not path.is_file():
-        return {}
-    whole = path.read_bytes()
-    if not whole.endswith(b"\n"):
-        os.truncate(path, whole.rfind(b"\n") + 1)
-    return {row["key"]: row for row in map(json.loads, whole[:whole.rfind(b"\n") + 1].splitlines())}
-
-
-def judge_items(items, folder, c, key=""):
-    """Ask for every item that the journal does not hold -> list of journal rows, in the order of `items`."""
-    path, lock = Path(folder) / "judge.jsonl", threading.Lock()
-    done, params = read_done(path), {"model": c.name, "temperature": 0, "max_tokens": c.max_tokens}
-    keys = [hashlib.sha256(json.dumps([VERSION, PROMPT, params, item["id"], prompt_of(item)]).encode()).hexdigest()
-            for item in items]
-    todo = [(k, item) for k, item in zip(keys, items) if k not in done or "error" in done[k]]   # failures once more
-    price = lambda rows: sum(r["tokens"][0] * c.price_in + r["tokens"][1] * c.price_out for r in rows) / 1e6
-    guess = price([{"tokens": (len(prompt_of(item)) / 3.5, 120)} for _, item in todo])
-    print(f"judge: {len(items)} answers, {len(items) - len(todo)} in {path}, {len(todo)} requests to {c.endpoint}, "
-          f"about {guess:.2f} at the prices given")
-    if guess > c.max_cost:
-        raise ConfigError(f"judge: about {guess:.2f} is more than --max_cost {c.max_cost}; raise it, or give --items")
-    with open(path, "a", encoding="utf-8") as file:
-        def one(job):
-            k, item = job
-            row = {"key": k, "id": item["id"], "version": VERSION, "judge": c.name, "tokens": [0, 0]}
-            if price(done.values()) > c.max_cost:
-                return
-            try:
-                for _ in range(2):                                   # a reply that cannot be read gets one more chance
-                    reply = request(c.endpoint.rstrip("/") + "/chat/completions", {
-                        **params, "messages": [{"role": "user", "content": prompt_of(item)}]}, key, pause=c.pause)
-                    used = reply.get("usage") or {}
-                    row["tokens"][0] += used.get("prompt_tokens", 0)
-                    row["tokens"][1] += used.get("completion_tokens", 0)
-                    row["reply"] = str(reply["choices"][0]["message"]["content"])
-                    row["scores"] = read_scores(row["reply"])
-                    if row["scores"]:
-                        break
-            except (OSError, KeyError, IndexError, TypeError) as error:
-                row["error"] = f"{type(error).__name__}: {error}"
-            with lock:
-                done[k] = row
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                file.flush()
-        with concurrent.futures.ThreadPoolExecutor(c.parallel) as crew:
-            list(tqdm(crew.map(one, todo), total=len(todo), desc="judge", unit="answer"))
-    left = sum(k not in done for k in keys)
-    if left:
-        print(f"judge: stopped at --max_cost {c.max_cost}; {left} answers are not judged")
-    return [done[k] for k in keys if k in done]
+        def one(item):
+            row = {"id": item["id"], "tokens": [0, 0]}
+            for n in range(2):                                       # a reply that cannot be read gets one more chance
+                got = journal.ask(key(item, n), prompt_of(item), params, c.endpoint, "NANOPATHO_JUDGE_KEY",
+                                  pause=c.pause)
+                if not got or "error" in got:
+                    return got and {**row, **got, "tokens": row["tokens"]}
+                row["tokens"] = [a + b for a, b in zip(row["tokens"], got.get("tokens", [0, 0]))]
+                row["scores"] = read_scores(got["reply"])
+                if row["scores"]:
+                    break
+            return row
+        rows = list(tqdm(windowed(one, items, c.parallel), total=len(items), desc="judge", unit="answer"))
+    if None in rows:
+        print(f"judge: stopped at --max_cost {c.max_cost}; {rows.count(None)} answers are not judged")
+    return [row for row in rows if row]
 
 
 def summary(rows, c):
@@ -188,6 +131,6 @@ def main(argv=None):
     items = [r for r in read_items(c.run) if c.all or r["kind"] == "open"][:c.items or None]
     if not items:
         raise ConfigError(f"{c.run}/items.jsonl holds no open question; --all judges the others too")
-    results = summary(judge_items(items, c.run, c, os.environ.get("NANOPATHO_JUDGE_KEY", "")), c)
+    results = summary(judge_items(items, c.run, c), c)
     write_json(Path(c.run) / "judge.json", results)
     print(json.dumps(results, indent=1))

@@ -106,10 +106,13 @@ def test_off_by_default_and_stopped_by_cost(run, server, capsys):
     address, seen, script = server
     with pytest.raises(SystemExit):
         evaluate.main(["judge", str(run)])                            # no endpoint, no request
-    with pytest.raises(ConfigError, match="more than --max_cost"):
+    with pytest.raises(ConfigError, match="over --max_cost"):
         ask(run, address, price_in=1e6)
     assert not seen and "4 requests" in capsys.readouterr().out
-    ask(run, address, price_in=5000.0, price_out=0, max_cost=7.0)     # a guess of 6.9; each reply costs 0.5
+    prompt = len(judge.prompt_of(ITEMS[0]).encode()) + 64             # held until the reply tells 100 tokens
+    ask(run, address, price_in=5000.0, price_out=0, max_cost=prompt * 5e-3 + 1.01)   # each reply costs 0.5
+    assert len(seen) == 3 and "1 answers are not judged" in capsys.readouterr().out
+    ask(run, address, price_in=5000.0, price_out=0, max_cost=prompt * 5e-3 + 1.51)
     assert len(seen) == 4
     script.append((401, "no such key"))
     with pytest.raises(ConfigError, match="HTTP 401: no such key.*NANOPATHO_JUDGE_KEY"):
