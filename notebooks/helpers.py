@@ -60,12 +60,13 @@ def check(right):
 
 def model_folders():
     """-> folder of runs (sft, pretrain, ...) and folder of data. `make demo` makes runs/demo and data/tiny; where they
-    are missing, or NANOPATHO_SMOKE is set, two stages of the smoke preset are trained now, in under a minute.
+    are missing, or NANOPATHO_SMOKE is set, three stages of the smoke preset are trained now, in under a minute.
 
     A smoke model has seen three batches: it shows that everything runs, not what a model can do.
     """
     made, data = Path("runs/demo"), Path("data/tiny")
-    there = (made / "sft/model.safetensors").is_file() and (data / "rl.jsonl").is_file()
+    there = all(file.is_file() for file in (made / "clip/model.safetensors", made / "sft/model.safetensors",
+                                            data / "rl.jsonl"))
     if there and not os.environ.get("NANOPATHO_SMOKE"):
         print("weights: runs/demo/sft, questions: data/tiny")
         return made, data
@@ -78,6 +79,7 @@ def model_folders():
     print("A SMOKE MODEL: trained on three batches, its answers are noise. `make demo` makes the real one.")
     small = ["--preset", "smoke", "--data", data]
     steps = {"data": ["-m", "data_prep", "microworld", "--preset", "smoke", "--out", data],
+             "clip": ["train_clip.py", *small, "--out", out / "clip"],
              "pretrain": ["train_pretrain.py", *small, "--out", out / "pretrain"],
              "sft": ["train_sft.py", *small, "--init", out / "pretrain", "--out", out / "sft"]}
     for name, command in steps.items():

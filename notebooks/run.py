@@ -107,7 +107,21 @@ def execute(path, solve=False):
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     here = {"metadata": {"path": str(FOLDER)}}
     NotebookClient(notebook, timeout=SECONDS, kernel_name="python3", resources=here).execute()
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = joined(cell.outputs)
     return notebook
+
+
+def joined(outputs):
+    """Neighbouring pieces of one stream as one: when the machine is busy, a single print may arrive in two."""
+    out = []
+    for output in outputs:
+        if out and all(o.output_type == "stream" and o.name == output.get("name") for o in (out[-1], output)):
+            out[-1].text += output.text
+        else:
+            out.append(output)
+    return out
 
 
 def tidy(notebook):
