@@ -1,4 +1,4 @@
-"""Which ingredient of DAPO does what: each is taken away alone, from the same SFT models, over several seeds.
+"""Which ingredient of DAPO does what: each is taken away alone, one is added, from the same SFT models, over several seeds.
 
     python -m nanopatho.ablate ingredients --sft runs/study/seed{seed}/sft --data data/tiny --out runs/ingredients
 
@@ -24,6 +24,7 @@ ARMS = {                             # name: (what it is, how its arguments diff
     "no_length": ("no length in the reward", ("--reward", "grpo_gated")),
     "with_kl": ("a KL to the start, 0.01 k3, as in GRPO", ("--kl", "0.01")),
     "grpo": ("GRPO: all of these at once", ("--algo", "grpo")),
+    "claims": ("and one added: a reward for true findings, weight 0.5", ("--claim_weight", "0.5")),
 }
 NUMBERS = {"greedy_accuracy": "greedy", "sampled_accuracy": "sampled", "claim_accuracy": "claims true"}
 

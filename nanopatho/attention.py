@@ -1,8 +1,7 @@
-"""The one attention function every model of this repository calls, its one mask builder, and rotary rotation.
+"""The one attention function every model of this repository calls, its one mask builder, rotary rotation and SwiGLU.
 
 Contract: q (B, Hq, Tq, D), k and v (B, Hk, Tk, D) -> (B, Hq, Tq, D), scale D^-0.5, softmax over the keys. Hq is a
-multiple of Hk; query head h reads key head h // (Hq / Hk) (grouped-query attention, arXiv 2305.13245). Everything here
-is a pure function of tensors.
+multiple of Hk; query head h reads key head h // (Hq / Hk) (grouped-query attention, arXiv 2305.13245).
 
 Two paths lead to the same numbers: PyTorch's scaled_dot_product_attention, and the Triton kernels of kernels/.
 `kernels_for` chooses and says so once: kernels for 16-bit tensors on an H100 or H200, PyTorch elsewhere. The variable
@@ -84,6 +83,15 @@ def kernels_for(x: Tensor, case: str = "", served: bool = True) -> bool:
         if kernels and not served:
             say(f"attention: plain PyTorch for {case}, which has no kernel")
     return kernels and served
+
+
+def small_kernels(x: Tensor):
+    """kernels/norms.py if it is to compute RMSNorm, rotation and SwiGLU of x, else None. torch.compile fuses these by
+    itself, and a kernel would cut its graph."""
+    if torch.compiler.is_compiling() or not kernels_for(x):
+        return None
+    from kernels import norms
+    return norms
 
 
 @lru_cache(maxsize=64)
@@ -189,16 +197,32 @@ def segments(lengths: list[int], device=None) -> Segments:
     return Segments(None, tuple(g.to(device) for g in groups), inverse.to(device), tuple(lengths))
 
 
-def segment_attention(q: Tensor, k: Tensor, v: Tensor, plan: Segments) -> Tensor:
-    """Bidirectional attention inside each segment. q, k, v (P, H, D) -> (P, H, D)."""
+def segment_attention(q: Tensor, k: Tensor, v: Tensor, plan: Segments, causal: bool = False) -> Tensor:
+    """Attention inside each segment. q (P, Hq, D), k and v (P, Hk, D) -> (P, Hq, D)."""
     P, H, D = q.shape
     if kernels_for(q, f"heads of width {D}", D in WIDTHS):
-        return _call(_packed, q, k, v, False, plan.sizes)
+        return _call(_packed, q, k, v, causal, plan.sizes)
     if plan.length:
-        q, k, v = (x.view(P // plan.length, plan.length, H, D).transpose(1, 2) for x in (q, k, v))  # (S, H, L, D)
-        return attention(q, k, v).transpose(1, 2).reshape(P, H, D)
-    parts = [attention(*(x[index].transpose(1, 2) for x in (q, k, v))) for index in plan.groups]  # each (S, H, L, D)
+        q, k, v = (x.unflatten(0, (-1, plan.length)).transpose(1, 2) for x in (q, k, v))  # (S, H, L, D)
+        return attention(q, k, v, causal=causal).transpose(1, 2).reshape(P, H, D)
+    parts = [attention(*(x[index].transpose(1, 2) for x in (q, k, v)), causal=causal) for index in plan.groups]
     return torch.cat([part.transpose(1, 2).reshape(-1, H, D) for part in parts])[plan.inverse]
+
+
+class Documents:
+    """In the place of the decoder's KV cache: one row holds documents of these sizes, each causal and for itself."""
+
+    length = 0  # Decoder counts tokens here; nobody asks
+
+    def __init__(self, sizes: list[int], device):
+        self.plan = segments(sizes, device)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: None) -> Tensor:
+        """q (1, Hq, P, D), k and v (1, Hk, P, D) -> (1, Hq, P, D)."""
+        return _call(self.inside, q, k, v)  # outside of torch.compile's graphs, or every plan would need one of its own
+
+    def inside(self, *qkv: Tensor) -> Tensor:
+        return segment_attention(*(x[0].transpose(0, 1) for x in qkv), self.plan, causal=True).transpose(0, 1)[None]
 
 
 def vision_attention(qkv: Tensor, cos: Tensor, sin: Tensor, plan: Segments) -> Tensor:
@@ -243,5 +267,16 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     x (..., D); cos, sin from `rotary_tables`, broadcastable to x. Computed in the wider of the dtypes, returned in x's.
     With the sign inside the table this is one product, one swap of halves and one fused multiply-add.
     """
+    if kernels := small_kernels(x):
+        half = x.shape[-1] // 2
+        cos, sin = (t.expand(*x.shape[:-2], 1, -1).flatten(0, -2) for t in (cos[..., :half], sin[..., half:]))
+        return kernels.rotary(x.flatten(0, -3), cos, sin).view(x.shape)
     a, b = x.chunk(2, dim=-1)
     return torch.addcmul(x * cos, torch.cat((b, a), dim=-1), sin).to(x.dtype)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, elementwise."""
+    if kernels := small_kernels(gate):
+        return kernels.swiglu(gate, up)
+    return F.silu(gate) * up

@@ -230,6 +230,35 @@ def vlm_batch(rows, tokenizer, config, *, images, rng=None, min_pixels=3136, max
     return dict(input_ids=ids, labels=labels, attention_mask=mask, pixel_values=pixels, image_grid_thw=grid)
 
 
+def pack_rows(batches, length, most=lambda rows: rows):
+    """Batches of one sample each (vlm_batch) -> batches of one row each: samples end to end, no padding, none cut.
+
+    First fit, longest first: a sample goes into the first row that then has at most `length` tokens, else into a new
+    one (so a longer sample is alone in its row). A further key is documents (n,) long, the samples' lengths.
+    Losses and gradients of all rows add up to those of all samples. most: number of rows here -> number on the process
+    that has most; every process needs as many, so rows are split.
+    """
+    size = lambda samples: sum(b["input_ids"].shape[1] for b in samples)
+    rows = []
+    for sample in sorted(batches, key=lambda b: -size([b])):
+        row = next((row for row in rows if size([*row, sample]) <= length), None)
+        if row is None:
+            rows.append(row := [])
+        row.append(sample)
+    for _ in range(most(len(rows)) - len(rows)):
+        row = max(rows, key=len)
+        rows.append([row.pop() for _ in range(len(row) // 2)])
+    packed = []
+    for row in rows:
+        parts = {name: [b[name] for b in row if b[name] is not None] for name in row[0]}
+        out = {name: torch.cat(p, 0 if name in ("pixel_values", "image_grid_thw") else 1) if p else None
+               for name, p in parts.items()}
+        out["documents"] = sizes = torch.tensor([size([b]) for b in row])
+        out["labels"][0, sizes.cumsum(0) - sizes] = -100                 # nothing before it predicts a first token
+        packed.append(out)
+    return packed
+
+
 def caption_row(record, field="caption"):
     """Stage 1: image and caption as raw text, without a chat template (as LLaMA-Factory's pretraining stage does)."""
     return record, [{"role": "user", "content": IMAGE}, {"role": "assistant", "content": record[field]}], "text"

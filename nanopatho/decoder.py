@@ -8,11 +8,10 @@ Letters: B rows, T tokens, E hidden width, Hq query heads, Hk key/value heads, D
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .attention import attention, rotary_tables, rotate
+from .attention import attention, rotary_tables, rotate, swiglu
 from .projector import RMSNorm
 
 
@@ -46,8 +45,9 @@ class KVCache:
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """Attention of new tokens: q (B, Hq, T, D) over the kept keys and k, v (B, Hk, T, D) -> (B, Hq, T, D). Whatever is
-        given to Decoder.forward as `cache` has this method: generate.py and packed.py bring their own."""
+        """Attention of new tokens: q (B, Hq, T, D) over the kept keys and k, v (B, Hk, T, D) -> (B, Hq, T, D).
+
+        Whatever is given to Decoder.forward as `cache` has this method: see generate.py, packed.py, Documents."""
         k, v = self.append(layer, k, v)
         return attention(q, k, v, causal=mask is None and q.shape[2] > 1, mask=mask)
 
@@ -84,7 +84,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(c["intermediate_size"], c["hidden_size"], bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class Layer(nn.Module):

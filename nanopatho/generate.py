@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attention import WIDTHS, group_attention, kernels_for, padded_causal_mask
+from .attention import WIDTHS, Documents, group_attention, kernels_for
 from .decoder import KVCache
 from .vlm import PathoVLM, log_softmax, mrope_positions
 
@@ -74,6 +74,19 @@ def draw(logp: Tensor, uniform: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------------------ the cache
+
+
+class Prefill(Documents):
+    """Prompts as one row without padding; their keys and values go to their places in `prompts`, where valid (B, T)."""
+
+    def __init__(self, prompts: KVCache, valid: Tensor):
+        super().__init__(valid.sum(1).tolist(), valid.device)
+        self.prompts, self.valid = prompts, valid
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: None) -> Tensor:
+        for kept, new in ((self.prompts.k, k), (self.prompts.v, v)):
+            kept[layer].transpose(1, 2)[self.valid] = new[0].transpose(0, 1)  # (tokens, Hk, D)
+        return super().attend(layer, q, k, v, mask)
 
 
 class GroupCache:
@@ -199,7 +212,12 @@ def generate(model: PathoVLM, input_ids: Tensor, pixel_values: Tensor | None = N
                                                model.visual.merge)
     x = model.embed(input_ids, pixel_values, image_grid_thw, image_embeds)  # (B, T, E)
     prompts = KVCache(len(decoder.layers), B, c["num_key_value_heads"], T, decoder.head_width, x.dtype, device)
-    h = decoder(x, *decoder.rotary(positions), padded_causal_mask(valid) if padded else None, prompts)[:, -1]  # (B, E)
+    if padded:
+        prompts.k.zero_(), prompts.v.zero_()  # a weight of 0 must not meet a NaN where nothing is written
+        tables = decoder.rotary(positions[:, valid][:, None])
+        h = decoder(x[valid][None], *tables, None, Prefill(prompts, valid))[0, valid.sum(1).cumsum(0) - 1]  # (B, E)
+    else:
+        h = decoder(x, *decoder.rotary(positions), None, prompts)[:, -1]
 
     # -- the group: every row continues from its prompt
     owner = torch.arange(B, device=device).repeat_interleave(group_size)  # (R,)

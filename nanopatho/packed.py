@@ -4,6 +4,7 @@ that needs.
 All prompts and all answers go through the decoder as one row of tokens without padding. Its attention is told who may see
 whom (Siblings): a prompt token the prompt before it, an answer token its prompt and its own answer, never a sibling.
 Repeating a prompt of 75 tokens for eight answers of 30 costs 840 tokens a group, packing it 315; image features enter once.
+Training texts, which have no answers, are packed alike by data.pack_rows and attention.Documents.
 The log-probabilities and gradients are those of the repeated form (tests/test_train_rl.py writes that one out).
 
 Letters: g groups, G answers each, R = g * G answers, N longest answer, P longest prompt, M tokens of the row, K answer
@@ -105,7 +106,12 @@ def answer_logps(model, row, temperature=1.0, banned=()):
     last = plan.prompt_at[:, -1].repeat_interleave(G)                                       # (R,) last token of the prompt
     before = torch.cat([last[:, None], plan.answer_at], 1)                                  # (R, N) what predicts each token
     banned = torch.as_tensor(banned, dtype=torch.long, device=ids.device)
-    logp = TokenLogps.apply(hidden.index_select(0, before[mask]), model.head, targets[mask], temperature, banned)   # (K,)
+    h, wanted, head = hidden.index_select(0, before[mask]), targets[mask], model.head       # (K, E), (K,), (V, E)
+    if kernels_for(h):                                               # logits in h's dtype, as generate() draws from
+        from kernels.logprob import token_logps
+        logp = token_logps(h, head.to(h.dtype), wanted, temperature=temperature, banned=banned, dtype=h.dtype)
+    else:
+        logp = TokenLogps.apply(h, head, wanted, temperature, banned)                       # (K,)
     return torch.zeros_like(mask, dtype=torch.float32).masked_scatter(mask, logp)           # (R, N)
 
 

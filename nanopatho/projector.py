@@ -1,4 +1,4 @@
-"""From vision width to language width: Qwen2.5-VL's patch merger (arXiv 2502.13923, section 2.1.1). Copy freely.
+"""From vision width to language width: Qwen2.5-VL's patch merger (arXiv 2502.13923, section 2.1.1). Needs attention.py.
 
 Four neighbouring patches (2 x 2, already adjacent in memory) become one language token: normalise each, concatenate,
 two-layer MLP with exact GELU. This is what "projector" means in LLaVA-like models; a quarter of the tokens reach the
@@ -7,6 +7,8 @@ expensive decoder.
 
 import torch
 from torch import Tensor, nn
+
+from .attention import small_kernels
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -46,6 +48,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        if kernels := small_kernels(x):
+            return kernels.rms_norm(x, self.weight, self.eps)
         return _RMSNorm.apply(x, self.weight, self.eps)
 
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .attention import Segments, rotary_tables, segments, vision_attention
+from .attention import Segments, rotary_tables, segments, swiglu, vision_attention
 from .projector import PatchMerger, RMSNorm
 
 THETA = 10000.0  # rotary base of the tower; fixed in the published code
@@ -109,7 +109,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class Block(nn.Module):

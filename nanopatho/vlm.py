@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import padded_causal_mask
+from .attention import Documents, kernels_for, padded_causal_mask
 from .decoder import Decoder, KVCache
 from .vit import VisionTower
 
@@ -156,26 +156,33 @@ class PathoVLM(nn.Module):
         """(V, E) the output matrix, wherever it lives."""
         return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
-    def forward(self, input_ids, pixel_values=None, image_grid_thw=None, attention_mask=None, *, position_ids=None,
-                image_embeds=None):
+    def forward(self, *inputs, **more) -> Tensor:
         """-> logits (B, T, V) fp32. Arguments as for hidden_states."""
-        return self.logits(self.hidden_states(input_ids, pixel_values, image_grid_thw, attention_mask,
-                                              position_ids=position_ids, image_embeds=image_embeds))
+        return self.logits(self.hidden_states(*inputs, **more))
 
     def hidden_states(self, input_ids: Tensor, pixel_values: Tensor | None = None, image_grid_thw: Tensor | None = None,
                       attention_mask: Tensor | None = None, *, position_ids: Tensor | None = None,
-                      image_embeds: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+                      image_embeds: Tensor | None = None, cache: KVCache | None = None,
+                      documents: Tensor | None = None) -> Tensor:
         """-> (B, T, E) after the final norm; rows at padding are finite and meaningless.
 
         input_ids (B, T) with every image as a run of image_token_id; pixel_values (P, 1176), image_grid_thw (N, 3):
         images in reading order over the batch. attention_mask (B, T) 1 at real tokens, padding left or right.
         position_ids (3, B, T) override. image_embeds (C, E) = visual(...) computed before, instead of pixel_values: one
-        image can then serve many rows.
+        image can then serve many rows. documents (n,): B is 1 and the row holds n samples of so many tokens end to end
+        (data.pack_rows). Each has its own positions and sees nothing of the others.
         """
         valid = None if attention_mask is None else attention_mask.bool()
         if position_ids is None:
             position_ids, _ = mrope_positions(input_ids, image_grid_thw, valid, self.config["image_token_id"],
                                               self.visual.merge)
+        if documents is not None:
+            sizes, first = documents.tolist(), documents.cumsum(0) - documents
+            if input_ids.shape != (1, sum(sizes)):
+                raise ValueError(f"input_ids {tuple(input_ids.shape)}: documents of {sizes[:8]} tokens make "
+                                 f"(1, {sum(sizes)})")
+            start = position_ids[:, :, first].repeat_interleave(documents, 2, output_size=sum(sizes))
+            position_ids, valid, cache = position_ids - start, None, Documents(sizes, documents.device)
         x = self.embed(input_ids, pixel_values, image_grid_thw, image_embeds)
         # Causality already hides right padding from real tokens: no mask then, the fast path of every kernel.
         right_padded = valid is None or bool((valid[:, :-1] >= valid[:, 1:]).all())
@@ -207,8 +214,11 @@ class PathoVLM(nn.Module):
         wanted = labels[:, 1:] != -100
         if reduction == "mean" and not wanted.any():
             raise ValueError("labels: every token is -100, there is nothing to learn from this batch")
-        logits = self.logits(hidden[:, :-1][wanted])  # (K, V)
-        return F.cross_entropy(logits, labels[:, 1:][wanted], reduction=reduction)
+        h, targets = hidden[:, :-1][wanted], labels[:, 1:][wanted]  # (K, E), (K,)
+        if kernels_for(h):  # there the (K, V) logits never exist
+            from kernels.logprob import cross_entropy
+            return cross_entropy(h, self.head.to(h.dtype), targets, reduction=reduction)
+        return F.cross_entropy(self.logits(h), targets, reduction=reduction)
 
     def token_logps(self, hidden: Tensor, ids: Tensor, mask: Tensor, temperature: float = 1.0, banned=()) -> Tensor:
         """log p(ids[:, t] | hidden[:, t-1]) at the tokens where mask (B, T) is True, 0 elsewhere: (B, T) fp32.

@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 
 from interpreter import relative, shim
-from kernels import logprob
+from kernels import norms
 from nanopatho import attention as A
 from nanopatho.decoder import KVCache
 from nanopatho.generate import generate
 from nanopatho.presets import VLM
+from nanopatho.projector import RMSNorm
 from nanopatho.vlm import PathoVLM, mrope_positions
 
 shim()
@@ -49,25 +50,64 @@ def batch(model, seed=0):
     return ids, torch.randn(64, 1176, generator=g), grid, mask
 
 
-def test_model_through_the_kernels_equals_the_plain_path(model, forced):
-    """Logits, loss, norm of the gradient and every entry of it; on the kernels' side the loss is kernels/logprob.py's."""
-    ids, pixels, grid, mask = batch(model)
+def run(model, ids, pixels, grid, mask, documents=None):
+    """-> logits, loss, norm of the gradient, every entry of it."""
     labels = ids.masked_fill((mask == 0) | (ids == model.config["image_token_id"]), -100)
+    model.zero_grad()
+    hidden = model.hidden_states(ids, pixels, grid, mask, documents=documents)
+    loss = model.loss(hidden, labels)
+    loss.backward()
+    grads = torch.cat([p.grad.flatten() for p in model.parameters()]).detach()
+    return model.logits(hidden)[mask.bool()].detach(), loss.detach(), grads.norm(), grads
+
+
+@pytest.mark.parametrize("rows", ["padded", "packed"])
+def test_model_through_the_kernels_equals_the_plain_path(model, forced, rows):
+    """Attention, RMSNorm, rotation, SwiGLU and the loss. Packed: the two samples in one row, and a third of one token."""
+    ids, pixels, grid, mask = batch(model)
+    documents = None
+    if rows == "packed":
+        ids, documents = torch.cat([ids[:1], ids[1:, :19], ids[:1, :1]], 1), torch.tensor([24, 19, 1])
+        mask = torch.ones_like(ids)
     results = []
     for choice in ("off", "on"):
         forced(choice)
-        model.zero_grad()
-        hidden = model.hidden_states(ids, pixels, grid, mask)
-        if choice == "on":
-            loss = logprob.cross_entropy(hidden[:, :-1].flatten(0, 1), model.head, labels[:, 1:].flatten())
-        else:
-            loss = model.loss(hidden, labels)
-        loss.backward()
-        grads = torch.cat([p.grad.flatten() for p in model.parameters()])
-        results.append((model.logits(hidden)[mask.bool()].detach(), loss.detach(), grads.norm(), grads))
+        results.append(run(model, ids, pixels, grid, mask, documents))
     for a, b in zip(*results):
         assert relative(b, a) < 5e-6
     assert not torch.equal(results[0][3], results[1][3])  # it really was another path
+
+
+def test_model_in_bfloat16_is_as_near_to_fp32_as_the_plain_path(model, forced):
+    """What runs on a GPU: weights, activations and rotary tables in bf16. Truth: the same rounded weights in fp32."""
+    given, half = batch(model), copy.deepcopy(model).bfloat16()
+    results = {}
+    full = copy.deepcopy(half).float()
+    for name, choice, m in (("fp32", "off", full), ("plain", "off", half), ("kernels", "on", half)):
+        forced(choice)
+        results[name] = run(m, *given)
+    for want, plain, kernels in zip(*results.values()):
+        assert relative(kernels, want) < max(2 * relative(plain, want), 2e-3)
+
+
+def test_the_models_parts_take_their_kernels_and_leave_them_to_the_compiler(forced, monkeypatch):
+    """To the bit what kernels/norms.py gives, tables of many shapes; inside torch.compile the plain formulas."""
+    g = torch.Generator().manual_seed(0)
+    x, y, norm = torch.randn(2, 5, 3, 16, generator=g), torch.randn(2, 5, 3, 16, generator=g), RMSNorm(16, 1e-5)
+    plain = norm(x), A.swiglu(x, y)
+    forced("on")
+    assert torch.equal(norm(x), norms.rms_norm(x, norm.weight, 1e-5))
+    assert torch.equal(A.swiglu(x, y), norms.swiglu(x, y))
+    for rows in ((2, 5), (1, 5)):  # one table for both rows
+        cos, sin = A.rotary_tables(torch.rand(*rows, 1, 8, generator=g) * 6)
+        half = (t.expand(2, 5, 1, 8).reshape(10, 8) for t in (cos[..., :8], sin[..., 8:]))
+        turned = A.rotate(x, cos, sin)
+        assert torch.equal(turned, norms.rotary(x.view(10, 3, 16), *half).view(x.shape))
+        forced("off")
+        assert relative(turned, A.rotate(x, cos, sin)) < 2e-6
+        forced("on")
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert torch.equal(norm(x), plain[0]) and torch.equal(A.swiglu(x, y), plain[1])
 
 
 @torch.no_grad()
@@ -100,6 +140,21 @@ def test_packed_prompts_and_answers_equal_a_mask(forced):
     want = A.attention(*(x.double() for x in (q, k, v)), mask=(seen & torch.ones(19, 19).tril().bool())[None, None])
     forced("on")
     got = A.packed_attention(q, k, v, sizes, shared)
+    grads = [torch.autograd.grad((out * up).sum(), (q, k, v)) for out in (got, want)]
+    assert relative(got, want) < 2e-6 and all(relative(a, b) < 2e-6 for a, b in zip(*grads))
+
+
+@pytest.mark.parametrize("choice", ["off", "on"])
+@pytest.mark.parametrize("sizes", [[5, 1, 8, 5], [6, 6]], ids=str)
+def test_documents_equal_a_mask(sizes, choice, forced):
+    """Against who may see whom written out over the whole row, forward and backward, four query heads on two."""
+    T, g = sum(sizes), torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, h, T, 16, generator=g, requires_grad=True) for h in (4, 2, 2))
+    up, owner = torch.randn(1, 4, T, 16, generator=g), torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    seen = (owner[:, None] == owner) & torch.ones(T, T).tril().bool()
+    want = A.attention(*(x.double() for x in (q, k, v)), mask=seen[None, None])
+    forced(choice)
+    got = A.Documents(sizes, "cpu").attend(0, q, k, v, None)
     grads = [torch.autograd.grad((out * up).sum(), (q, k, v)) for out in (got, want)]
     assert relative(got, want) < 2e-6 and all(relative(a, b) < 2e-6 for a, b in zip(*grads))
 
@@ -145,16 +200,26 @@ def test_a_dense_mask_goes_the_plain_way_and_says_so(forced, capsys):
 
 
 def test_compiling_what_lies_between_the_kernels(model, forced):
-    """torch.compile of a layer: whole on the plain path, and on the kernel path a break around each kernel."""
-    layer, x = model.model.layers[0], torch.randn(1, 9, 64)
-    cos, sin = model.model.rotary(torch.arange(9).expand(3, 1, 9))
-    want = layer(x, cos, sin, None, None, 0)
+    """torch.compile of a layer: whole on the plain path, and on the kernel path a break around attention. Packed rows,
+    whose plans are all unlike, need no new graphs once their length is a variable."""
+    layer = model.model.layers[0]
+
+    def inputs(T):
+        return torch.randn(1, T, 64), *model.model.rotary(torch.arange(T).expand(3, 1, T)), None
+
+    given = inputs(9)
+    want = layer(*given, None, 0)
     whole = torch.compile(layer, backend="eager", fullgraph=True)
-    torch.testing.assert_close(whole(x, cos, sin, None, None, 0), want)
+    torch.testing.assert_close(whole(*given, None, 0), want)
     forced("on")
     torch._dynamo.reset()
-    got = torch.compile(layer, backend="eager")(x, cos, sin, None, None, 0)
-    assert relative(got, want) < 5e-6
+    compiled, graphs = torch.compile(layer, backend="eager"), []
+    assert relative(compiled(*given, None, 0), want) < 5e-6
+    for sizes in ([4, 5], [3, 3, 4], [9, 1, 2], [2, 5, 1, 1, 4]):
+        row, documents = inputs(sum(sizes)), A.Documents(sizes, "cpu")
+        assert relative(compiled(*row, documents, 0), layer(*row, documents, 0)) < 5e-6
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[1] == graphs[3]
 
 
 def test_choices_that_cannot_be_made_are_errors(forced):

@@ -1,5 +1,6 @@
 """Bad records and images are named; batches: padding, order and augmentation change what they may and nothing else."""
 
+import copy
 import itertools
 import json
 
@@ -10,7 +11,8 @@ from PIL import Image
 
 from nanopatho import chat, presets
 from nanopatho.data import (IMAGE, DataError, Images, augment, caption_row, check_images, check_pools, curriculum,
-                            load_images, question_text, read_records, shuffled, vlm_batch)
+                            load_images, pack_rows, question_text, read_records, shuffled, vlm_batch)
+from nanopatho.optim import Optimizers
 from nanopatho.vlm import PathoVLM
 
 GOOD = {"id": "r1", "image": "images/a.png", "caption": "Fat.", "question": "Which?",
@@ -339,3 +341,73 @@ def test_a_text_without_an_image(tokenizer, model):
     with pytest.raises(ValueError, match=r"here:9: the messages hold 1 <image> marks, but 0 image"):
         vlm_batch([({"_where": "here:9"}, [{"role": "user", "content": IMAGE}], "prompt")], tokenizer, model.config,
                   images=Images())
+
+
+# --- several samples in one row ---------------------------------------------------------------------------------------
+
+
+def blanks(lengths):
+    """Batches of one text of so many tokens, each told by its token."""
+    ids = [torch.full((1, n), i) for i, n in enumerate(lengths)]
+    return [dict(input_ids=x, labels=x, attention_mask=torch.ones_like(x), pixel_values=None, image_grid_thw=None)
+            for x in ids]
+
+
+def test_rows_are_full_and_hold_every_sample_whole():
+    """Lengths as of captions with pictures of every size, windows of 512: under 2 % of the rows' room stays empty, and
+    none of it is padded and computed."""
+    rng, length = np.random.default_rng(0), 4096
+    for window in range(4):
+        lengths = np.clip(rng.lognormal(6.3, 0.7, 512), 30, 3000).astype(int)
+        rows = pack_rows(blanks(lengths), length)
+        sizes = [r["input_ids"].shape[1] for r in rows]
+        assert max(sizes) <= length and 1 - sum(sizes) / (length * len(rows)) < 0.02
+        assert sum(sizes) == sum(lengths) == sum(int(r["attention_mask"].sum()) for r in rows)
+        found = {}
+        for r in rows:
+            for ids, labels in zip(*(r[name][0].split(r["documents"].tolist()) for name in ("input_ids", "labels"))):
+                assert int(ids[0]) not in found and (ids == ids[0]).all()
+                assert labels[0] == -100 and torch.equal(labels[1:], ids[1:])
+                found[int(ids[0])] = len(ids)
+        assert found == dict(enumerate(lengths))
+
+
+def test_long_samples_and_as_many_rows_as_others_have():
+    sizes = lambda rows: [r["documents"].tolist() for r in rows]
+    assert sizes(pack_rows(blanks([3, 9, 4, 1, 2]), 6)) == [[9], [4, 2], [3, 1]]
+    assert sizes(pack_rows(blanks([3, 9, 4, 1, 2]), 6, lambda rows: 5)) == [[9], [4], [3], [2], [1]]
+    assert sizes(pack_rows(blanks([2, 2, 2, 2]), 8, lambda rows: rows + 1)) == [[2, 2], [2, 2]]
+
+
+def test_packed_and_unpacked_training_are_the_same(records, tokenizer, model):
+    """Ten steps of Adam on turned pictures: a padded batch, packed rows, and the rows of two processes added up."""
+    def train(make):
+        torch.manual_seed(0)
+        other = copy.deepcopy(model).train()
+        optimizer, told = Optimizers(other, 1e-4, 0.05), []
+        for step in range(10):
+            batches = make(rows_of(records, "chat"), np.random.default_rng(step))
+            tokens = sum(int((b["labels"][:, 1:] >= 0).sum()) for b in batches)
+            seen = sum(int(b["attention_mask"].sum()) for b in batches)
+            loss = 0.0
+            for b in batches:
+                labels = b.pop("labels")
+                part = other.loss(other.hidden_states(**b), labels, reduction="sum") / tokens
+                part.backward()
+                loss += part.item()
+            told.append((tokens, seen, loss))
+            optimizer.step(1e-4)
+        return told, torch.cat([p.detach().flatten() for p in other.parameters()])
+
+    options, images = (tokenizer, model.config), Images()
+    batch = lambda rows, rng: vlm_batch(rows, *options, images=images, rng=rng)
+    singles = lambda rows, rng: [batch([row], rng) for row in rows]
+    padded, want = train(lambda rows, rng: [batch(rows, rng)])
+    assert len({loss for *_, loss in padded}) == 10
+    start = torch.cat([p.detach().flatten() for p in model.parameters()])
+    two = lambda samples: [*pack_rows(samples[:2], 150, lambda rows: 2), *pack_rows(samples[2:], 150, lambda rows: 2)]
+    for pack in (lambda samples: pack_rows(samples, 150), lambda samples: pack_rows(samples, 10000), two):
+        told, got = train(lambda rows, rng: pack(singles(rows, rng)))
+        for one, other in zip(told, padded):
+            assert one[:2] == other[:2] and one[2] == pytest.approx(other[2], rel=1e-5)
+        assert (got - want).norm() < 3e-5 * (want - start).norm()        # of the way travelled: Adam magnifies rounding

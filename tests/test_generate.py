@@ -109,10 +109,10 @@ def test_image_and_prompt_are_computed_once(model):
     seen = []
     hooks = [model.visual.register_forward_hook(lambda m, args, y: seen.append(("visual", len(args[1])))),
              model.model.register_forward_hook(lambda m, args, y: seen.append(args[0].shape[:2]))]
-    (ids, *_), _ = run(model, group_size=5, max_new_tokens=3, eos_token_ids=[])
+    (_, mask, *_), _ = run(model, group_size=5, max_new_tokens=3, eos_token_ids=[])
     for hook in hooks:
         hook.remove()
-    assert seen == [("visual", 3), (3, ids.shape[1]), (15, 1), (15, 1)]
+    assert seen == [("visual", 3), (1, int(mask.sum())), (15, 1), (15, 1)]
 
 
 def test_end_tokens_masks_and_padding(model):

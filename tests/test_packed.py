@@ -1,16 +1,19 @@
-"""Scoring with shared prompts and chunked logits: against plain forward passes, dense logits and float64."""
+"""Rows of many samples: training texts, prompts with their answers; logits in chunks. Truth: plain forward passes of each
+sample, dense logits, float64."""
 
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from test_vlm import IMAGE, TINY, spread_weights
+from test_vlm import IMAGE, TINY, prompt, spread_weights
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from interpreter import relative
 from nanopatho import attention, packed
+from nanopatho.data import pack_rows
 from nanopatho.packed import TokenLogps, answer_logps, micro_batches, training_rows
-from nanopatho.vlm import PathoVLM, log_softmax
+from nanopatho.vlm import PathoVLM, log_softmax, mrope_positions
 
 V, PAD = TINY["vocab_size"], 0
 
@@ -32,6 +35,101 @@ def text_groups(lengths, prompts=(7, 3), seed=0):
         out.append(dict(prompt=draw(size), ids=draw(G, N), logps=-torch.rand(G, N, generator=g),
                         mask=torch.arange(N) < torch.tensor(answers)[:, None], advantages=torch.randn(G, generator=g)))
     return out
+
+
+# --- training texts end to end ----------------------------------------------------------------------------------------
+
+
+def sample(images, seed, least=1):
+    """As vlm_batch makes it of one row: random text, all of it trained, around images of these sizes in patches."""
+    ids, mask, pixels, grid = prompt([images], least, seed=seed)
+    return dict(input_ids=ids, labels=ids.masked_fill(ids == IMAGE, -100), attention_mask=mask, pixel_values=pixels,
+                image_grid_thw=grid)
+
+
+def samples():
+    """Unlike and equal lengths, several images in a text, none, and a text of one token that begins with its image."""
+    bare = sample([(4, 6)], 5)
+    at = (bare["input_ids"][0] == IMAGE).nonzero().flatten()
+    bare = bare | {name: bare[name][:, at] for name in ("input_ids", "labels", "attention_mask")}
+    return [sample([(8, 8)], 1), sample([], 2), sample([(4, 6), (2, 34)], 3), bare, sample([(8, 8)], 1), sample([], 4)]
+
+
+def learn(model, batches):
+    """-> loss summed over the trained tokens, its gradient, how many tokens those are (as the scripts count them)."""
+    model.zero_grad()
+    loss = 0.0
+    for b in batches:
+        hidden = model.hidden_states(**{k: v for k, v in b.items() if k != "labels"})
+        part = model.loss(hidden, b["labels"], reduction="sum")
+        part.backward()
+        loss += part.detach()
+    grads = torch.cat([p.grad.flatten() for p in model.parameters()])
+    model.zero_grad()
+    return loss, grads, sum(int((b["labels"][:, 1:] >= 0).sum()) for b in batches)
+
+
+def apart(row, x):
+    """What each sample of the row got, by its tokens: (1, T, ...) -> {tokens: (n, ...)}."""
+    n = row["documents"].tolist()
+    return {tuple(ids.tolist()): part for ids, part in zip(row["input_ids"][0].split(n), x[0].split(n))}
+
+
+@pytest.mark.parametrize("length,rows", [(10, 6), (45, 3), (1000, 1)])
+def test_samples_in_a_row_equal_each_alone(model, length, rows):
+    alone = samples()
+    row = pack_rows(alone, length)
+    assert len(row) == rows
+    loss, grads, tokens = learn(model, alone)
+    got_loss, got_grads, got_tokens = learn(model, row)
+    assert got_tokens == tokens and relative(got_loss, loss) < 1e-6 and relative(got_grads, grads) < 1e-6
+    with torch.no_grad():
+        got = {}
+        for r in row:
+            got |= apart(r, model(**{k: v for k, v in r.items() if k != "labels"}))
+        for s in alone:
+            want = model(s["input_ids"], s["pixel_values"], s["image_grid_thw"])[0]
+            torch.testing.assert_close(got[tuple(s["input_ids"][0].tolist())], want, atol=2e-5, rtol=0)
+
+
+def test_positions_start_anew(model, monkeypatch):
+    seen, rotary = [], type(model.model).rotary
+    monkeypatch.setattr(type(model.model), "rotary", lambda self, p: seen.append(p) or rotary(self, p))
+    row, = pack_rows(samples(), 1000)
+    model.hidden_states(**{k: v for k, v in row.items() if k != "labels"})
+    got = apart(row, seen[0].permute(1, 2, 0))
+    for s in samples():
+        want, _ = mrope_positions(s["input_ids"], s["image_grid_thw"], None, IMAGE)
+        assert torch.equal(got[tuple(s["input_ids"][0].tolist())], want[:, 0].T)
+
+
+@torch.no_grad()
+def test_another_document_changes_nothing(model):
+    """Other words, another picture of the same size: not a bit. Another length: not more than another order of sums."""
+    def logits(parts):
+        ids, pixels, grid = (torch.cat([p[name] for p in parts if p[name] is not None], dim) for name, dim in (
+            ("input_ids", 1), ("pixel_values", 0), ("image_grid_thw", 0)))
+        n = [p["input_ids"].shape[1] for p in parts]
+        return model(ids, pixels, grid, documents=torch.tensor(n))[0].split(n)
+
+    first, middle, last = sample([], 1, 20), sample([(8, 8)], 2), sample([(4, 6)], 3)
+    other = middle | dict(pixel_values=-middle["pixel_values"], input_ids=middle["input_ids"].where(
+        middle["input_ids"] > 181, middle["input_ids"] + 300))
+    want, same, longer = (logits([first, m, last]) for m in (middle, other, sample([(8, 8), (12, 4)], 4)))
+    for i in (0, 2):
+        assert torch.equal(want[i], same[i]) and relative(longer[i], want[i]) < 1e-6
+    assert relative(same[1], want[1]) > 0.1
+
+
+def test_documents_that_do_not_fill_the_row_are_told(model):
+    ids = torch.full((1, 7), 9)
+    with pytest.raises(ValueError, match=r"input_ids \(1, 7\): documents of \[4, 2\] tokens make \(1, 6\)"):
+        model.hidden_states(ids, documents=torch.tensor([4, 2]))
+    with pytest.raises(ValueError, match=r"input_ids \(2, 7\): documents of \[7, 7\] tokens make \(1, 14\)"):
+        model.hidden_states(ids.repeat(2, 1), documents=torch.tensor([7, 7]))
+
+
+# --- prompts and their answers ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("lengths", [[(4, 1, 6), (2, 5, 5)], [(1, 1, 1), (1, 1, 1)], [(0, 3, 0), (0, 0, 0)], [(0, 0, 0)] * 2])
@@ -75,13 +173,17 @@ def test_the_prompt_goes_through_the_decoder_once(model):
 
 
 def test_the_kernel_gives_the_same(model, monkeypatch):
-    """The Triton kernel for packed rows, in the interpreter: the plan that both paths share describes the same row."""
-    row = training_rows(text_groups([(4, 1, 6), (2, 0, 5)]), PAD, 3)
-    with torch.no_grad():
-        want = answer_logps(model, row)
-        monkeypatch.setattr(attention, "_choice", "on")
+    """All kernels in the interpreter, values and gradients: the plan that both paths share describes the same row."""
+    row, results = training_rows(text_groups([(4, 1, 6), (2, 0, 5)]), PAD, 3), []
+    for choice in ("off", "on"):
+        monkeypatch.setattr(attention, "_choice", choice)
+        logps = answer_logps(model, row, 0.7, [IMAGE, 3])
+        (logps * torch.linspace(-1, 1, 6)).sum().backward()
+        results.append((logps.detach(), torch.cat([p.grad.flatten() for p in model.model.parameters()])))
+        model.zero_grad()
         monkeypatch.setattr(packed, "attention", None)                  # the plain path would fail
-        torch.testing.assert_close(answer_logps(model, row), want, atol=1e-4, rtol=1e-5)
+        monkeypatch.setattr(packed, "TokenLogps", None)
+    assert all(relative(got, want) < 5e-6 for want, got in zip(*results))
 
 
 def test_groups_of_the_wrong_size_are_told():
