@@ -1,14 +1,18 @@
 # make demo   the whole of Patho-R1 in miniature, then open runs/demo/report.html
 # make test   the tests
+# make small  the small preset on one GPU: 224-pixel pictures, all 60 cells
 # make study  three seeds and the ablations; make notebooks runs them and writes their outputs; make bench times the kernels (CUDA)
 # Both set up .venv by themselves. A machine with CUDA: make demo TORCH="torch" uses the newest build.
 VENV  ?= .venv
 TORCH ?= torch==2.13.0 triton==3.6.0 "numpy<2.4"
 PY     = OMP_WAIT_POLICY=passive $(VENV)/bin/python
 
-.PHONY: demo study test notebooks bench clean
+.PHONY: demo small study test notebooks bench clean
 demo: $(VENV)/.ok
 	$(PY) -m nanopatho.study demo --preset tiny --out runs/demo
+
+small: $(VENV)/.ok
+	$(PY) -m nanopatho.study demo --preset small --out runs/small
 
 study: $(VENV)/.ok
 	$(PY) -m nanopatho.study study --preset tiny --out runs/study

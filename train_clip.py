@@ -34,6 +34,7 @@ from nanopatho.evaluate import read_lexicon
 from nanopatho.evaluate_clip import evaluate_pool, read_prompts, text_of
 from nanopatho.image import clip_pixels
 from nanopatho.optim import Optimizers
+from nanopatho.stream import agreed, images_of, shard_pools, source, stream
 from nanopatho.log import Run, check_finite, flops, speed, write_json
 
 
@@ -44,7 +45,8 @@ def say(default, help, **more):
 @dataclass
 class Config:
     preset: str = say("tiny", "size of the model and its training fields: smoke, tiny, small, clip-b16, clip-l14")
-    data: str = say("data/tiny", "folder with captions.jsonl (and test.jsonl for the evaluation) and the images")
+    data: str = say("data/tiny", "folder with captions.jsonl (and test.jsonl for the evaluation) and the images; or of tar shards "
+                                 "with pools morphology (step 1, then beside the other) and captions (step 2)")
     init: str = say("", "weights to start from: HF folder, or .pt with a tokenizer.json beside it; empty: random")
     out: str = say("runs/clip", "run folder: weights, tokenizer.json, metrics.jsonl, results.json")
     seed: int = say(0, "seed of weights, order and augmentation")
@@ -68,6 +70,9 @@ class Config:
     recompute: bool = say(False, "keep only each block's inputs for the backward pass: less memory, a third more work")
     compile: bool = say(False, "torch.compile for each block")
     max_skipped: int = say(0, "steps with a loss or gradient that is not finite, passed over before the run stops")
+    workers: int = say(4, "processes that open the images of shards ahead of the GPU, 0 = none")
+    max_damaged: int = say(100, "records of shards that cannot be used, passed over before the run stops")
+    log: str = say("off", "also log to tensorboard or wandb", choices=("off", "tensorboard", "wandb"), extra="log")
     profile: int = say(0, "steps to trace into trace.json, after three to warm up")
     threads: int = say(0, "CPU threads, 0 = all")
 
@@ -127,21 +132,26 @@ def main(argv=None):
     total = c.steps_morphology + c.steps_all
 
     # ------------------------------------------------------------------------------------------------ data
-    records = read_records(f"{c.data}/captions.jsonl", use="caption")
-    check_images(records)
-    images = Images()
-    with_morphology = [r for r in records if r.get("morphology")]
-    if c.steps_morphology and not with_morphology:
-        raise DataError(f"{c.data}/captions.jsonl: no record has the field 'morphology' that step 1 reads; add it (a "
-                        "caption of form alone, without a diagnosis), or set --steps_morphology 0")
+    streamed, images = shard_pools(c.data, c.init), Images()         # tar shards: read while training, nanopatho/stream.py
+    if streamed:                                                     # step 1 reads the first pool, step 2 both
+        sources = [source(c.data, "morphology", also=("morphology",))] * (c.steps_morphology > 0) + [source(c.data, "captions")]
+        sizes = [s["records"] for s in sources]
+    else:
+        records = read_records(f"{c.data}/captions.jsonl", use="caption")
+        check_images(records)
+        with_morphology = [r for r in records if r.get("morphology")]
+        if c.steps_morphology and not with_morphology:
+            raise DataError(f"{c.data}/captions.jsonl: no record has the field 'morphology' that step 1 reads; add it (a "
+                            "caption of form alone, without a diagnosis), or set --steps_morphology 0")
+        pools = with_morphology, records                             # of step 1 and step 2, each with an endless order
+        orders = [shuffled(len(p), c.batch_size, np.random.default_rng([c.seed, i])) for i, p in enumerate(pools)]
+        sizes = [*map(len, pools)]
     evaluated = c.eval_items and os.path.isfile(f"{c.data}/test.jsonl")
     if evaluated:                                                    # a fault there should not wait for the end
         held_out, lexicon = read_records(f"{c.data}/test.jsonl")[:c.eval_items], read_lexicon(c.data)
         check_images(held_out), [text_of(r, lexicon) for r in held_out]
         if os.path.isfile(f"{c.data}/zero_shot.json"):
             read_prompts(f"{c.data}/zero_shot.json")
-    pools = with_morphology, records                                 # of step 1 and step 2, each with an endless order
-    orders = [shuffled(len(p), c.batch_size, np.random.default_rng([c.seed, i])) for i, p in enumerate(pools)]
 
     # ------------------------------------------------------------------------------------------------ model
     begun = checkpoint.begun(c.out)                                  # a run to be resumed
@@ -165,15 +175,19 @@ def main(argv=None):
             block.forward = torch.compile(block.forward)
     context, size = model.config["text_config"]["max_position_embeddings"], model.config["vision_config"]["image_size"]
     if rank == 0:
-        print(f"clip: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(with_morphology)} + "
-              f"{len(records)} pairs, {device}")
+        print(f"clip: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, "
+              f"{' + '.join(map(str, sizes))} pairs, {device}")
 
     # ------------------------------------------------------------------------------------------------ optimizer
     parameters = list(model.parameters())
     optimizer = Optimizers(model, c.lr, c.weight_decay, c.optimizer, betas=(0.9, 0.98), eps=1e-6)  # OpenAI's values
-    state = checkpoint.resume(c.out, model, optimizer)
-    first, skipped = (state["step"], state.get("skipped", [])) if state else (0, [])
-    for step in range(first):                                        # replay the order: cheaper than storing it
+    state = checkpoint.resume(c.out, model, optimizer) or {}
+    first, skipped, position = state.get("step", 0), state.get("skipped", []), state.get("stream")
+    if streamed:
+        order = stream(sources, c.batch_size, mine=mine, seed=c.seed, workers=c.workers, turn=c.augment,
+                       max_damaged=c.max_damaged, weights=lambda step: sizes if step >= c.steps_morphology else (1, 0),
+                       state=position)
+    for step in range(0 if streamed else first):                     # replay the order: cheaper than storing it
         next(orders[step >= c.steps_morphology])
     run = Run(c.out, c, total, "clip", first, c.profile)
     if rank == 0:
@@ -194,11 +208,17 @@ def main(argv=None):
     for step in range(first, total):
         lr = c.lr * min((step + 1) / max(1, c.warmup), 0.5 * (1 + math.cos(math.pi * step / total)))
         joint = step >= c.steps_morphology
-        rows, rng = [pools[joint][i] for i in next(orders[joint])], np.random.default_rng([c.seed, 2, step])
+        rng, pictures = np.random.default_rng([c.seed, 2, step]), [NOTHING] * c.batch_size
         # Every process draws for the whole batch, so that a pair looks the same whoever encodes it, but opens its own only.
-        pictures = [images(r)[0] if i in range(c.batch_size)[mine] else NOTHING for i, r in enumerate(rows)]
-        if c.augment:
-            pictures = [augment(p, rng) for p in pictures]
+        if streamed:                                                 # turned where they were read; the texts of all are needed
+            own, position = next(order)
+            pictures[mine] = [images_of(r)[0] for r in own]
+            rows = distributed.everyone([{k: v for k, v in r.items() if k != "_images"} for r in own])
+        else:
+            rows = [pools[joint][i] for i in next(orders[joint])]
+            pictures[mine] = [images(r)[0] for r in rows[mine]]
+            if c.augment:
+                pictures = [augment(p, rng) for p in pictures]
         if c.stain:
             pictures = [restain(p, c.stain, rng) for p in pictures]
         texts, also_true = draw_texts(rows, joint, c.partial, rng)            # also_true (B, B)
@@ -236,17 +256,19 @@ def main(argv=None):
                  unique_texts=len(set(texts)), phase=1 + joint)
         stopped = distributed.asked_to_stop()
         if stopped or (c.save_every and (step + 1) % c.save_every == 0) or step + 1 == total:
-            checkpoint.save(c.out, model, optimizer, {"step": step + 1, "skipped": skipped})
+            position = agreed(position)
+            checkpoint.save(c.out, model, optimizer, {"step": step + 1, "skipped": skipped, "stream": position})
         if stopped:
             distributed.stop(step + 1)
 
     # ------------------------------------------------------------------------------------------------ evaluate, save
     seconds = run.seconds()
     run.close()
+    order = None                                                     # ends the workers of a stream
     distributed.leave()
     if rank:                                                         # the first process alone goes on
         return
-    results = {"seconds": round(seconds, 1)}
+    results = {"seconds": round(seconds, 1)} | ({"damaged": position["damaged"]} if streamed else {})
     if evaluated:
         for name, value in evaluate_pool(model, tokenizer, c.data, items=c.eval_items, images=images).items():
             results[name] = value

@@ -18,10 +18,11 @@ import torch
 
 from nanopatho import checkpoint, distributed, presets
 from nanopatho.chat import ChatTokenizer, train_tokenizer
-from nanopatho.data import Images, caption_row, check_images, question_text, read_records, shuffled, vlm_batch
+from nanopatho.data import Images, caption_row, check_images, pack_rows, question_text, read_records, shuffled, vlm_batch
 from nanopatho.evaluate import caption_claims, check_facts, read_lexicon
 from nanopatho.log import Run, check_finite, speed, vlm_flops, write_json
 from nanopatho.optim import Optimizers, lr_factors
+from nanopatho.stream import agreed, images_of, shard_pools, source, stream
 from nanopatho.vlm import PathoVLM, trainable
 
 
@@ -32,7 +33,7 @@ def say(default, help, **more):
 @dataclass
 class Config:
     preset: str = say("tiny", "size of the model and its training fields: smoke, tiny, small, 3b, 7b")
-    data: str = say("data/tiny", "folder with captions.jsonl and the images")
+    data: str = say("data/tiny", "folder with captions.jsonl and the images, or of tar shards with a pool captions")
     init: str = say("", "folder of weights to start from (published layout); empty: random weights of the preset")
     out: str = say("runs/pretrain", "run folder: weights, metrics.jsonl, samples")
     seed: int = say(0, "seed of weights, order and augmentation")
@@ -52,10 +53,14 @@ class Config:
     eval_items: int = say(128, "held-out captions written and checked at the end")
     save_every: int = say(500, "steps between checkpoints, 0 = only at the end")
     micro_batch: int = say(0, "rows per pass of one process, 0 = its whole share; does not change the result")
+    pack: int = say(0, "tokens of a row that holds several samples end to end, instead of padded rows (--micro_batch); 0 = off")
     recompute: bool = say(False, "keep only each block's inputs for the backward pass: less memory, a third more work")
     offload: bool = say(False, "on GPUs: weights, gradients and moments stay in host memory")
     compile: bool = say(False, "torch.compile for each block")
     max_skipped: int = say(0, "steps with a loss or gradient that is not finite, passed over before the run stops")
+    workers: int = say(4, "processes that open the images of shards ahead of the GPU, 0 = none")
+    max_damaged: int = say(100, "records of shards that cannot be used, passed over before the run stops")
+    log: str = say("off", "also log to tensorboard or wandb", choices=("off", "tensorboard", "wandb"), extra="log")
     profile: int = say(0, "steps to trace into trace.json, after three to warm up")
     threads: int = say(0, "CPU threads, 0 = all")
 
@@ -72,12 +77,16 @@ def main(argv=None):
     rng = np.random.default_rng(c.seed)
 
     # ------------------------------------------------------------------------------------------------ data
-    records = read_records(f"{c.data}/captions.jsonl", use="caption")
-    check_images(records)
+    streamed = shard_pools(c.data, c.init)                           # tar shards: read while training, nanopatho/stream.py
+    if streamed:
+        shards = source(c.data, "captions")
+    else:
+        records = read_records(f"{c.data}/captions.jsonl", use="caption")
+        check_images(records)
     if os.path.isfile(f"{c.data}/test.jsonl"):                       # a fault there must not wait for the end
         held_out = read_records(f"{c.data}/test.jsonl")[:c.eval_items]
         check_images(held_out), check_facts(held_out, read_lexicon(c.data))
-    images = Images()
+    images = images_of if streamed else Images()
 
     # ------------------------------------------------------------------------------------------------ model
     if c.init:
@@ -97,15 +106,18 @@ def main(argv=None):
     distributed.shard(model, [*model.visual.blocks, *model.model.layers], device, c.offload, c.compile)
     parameters = [p for p in model.parameters() if p.requires_grad]
     if rank == 0:
-        print(f"pretrain: {sum(p.numel() for p in parameters) / 1e6:.2f} M trained parameters, {len(records)} pairs, "
-              f"{world} x {device.type}")
+        print(f"pretrain: {sum(p.numel() for p in parameters) / 1e6:.2f} M trained parameters, "
+              f"{shards['records'] if streamed else len(records)} pairs, {world} x {device.type}")
 
     # ------------------------------------------------------------------------------------------------ optimizer
     optimizer = Optimizers(model, c.lr, c.weight_decay, c.optimizer, factors=lr_factors(c.lr, c.vision_lr, c.projector_lr))
-    order, first = shuffled(len(records), c.batch_size, rng), 0
-    state, skipped = checkpoint.resume(c.out, model, optimizer), []
-    if state:
-        first, skipped = state["step"], state.get("skipped", [])
+    state = checkpoint.resume(c.out, model, optimizer) or {}
+    first, skipped, position = state.get("step", 0), state.get("skipped", []), state.get("stream")
+    if streamed:
+        order = stream([shards], c.batch_size, mine=mine, seed=c.seed, workers=c.workers, turn=c.augment,
+                       max_damaged=c.max_damaged, state=position)
+    else:
+        order = shuffled(len(records), c.batch_size, rng)
         for _ in range(first):                                       # replay the order: cheaper than storing it
             next(order), rng.integers(1 << 62)
     run = Run(c.out, c, c.steps, "pretrain", first, c.profile)
@@ -114,13 +126,20 @@ def main(argv=None):
     for step in range(first, c.steps):
         lr = c.lr * min((step + 1) / max(1, c.warmup),
                         0.1 + 0.45 * (1 + math.cos(math.pi * step / c.steps)))
-        rows = [caption_row(records[i]) for i in next(order)]
-        turn = np.random.default_rng(rng.integers(1 << 62))          # one draw a step, so that resuming can replay it
-        if c.augment:
-            distributed.skip_augmentation([r for r, _, _ in rows[:mine.start]], turn)
+        if streamed:                                                 # this process's rows alone, turned where they were read
+            rows, position = next(order)
+            rows, turn = [caption_row(r) for r in rows], None
+        else:
+            rows = [caption_row(records[i]) for i in next(order)]
+            turn = np.random.default_rng(rng.integers(1 << 62))      # one draw a step, so that resuming can replay it
+            if c.augment:
+                distributed.skip_augmentation([r for r, _, _ in rows[:mine.start]], turn)
+            rows = rows[mine]
         batches = [vlm_batch(part, tokenizer, model.config, images=images, rng=turn if c.augment else None,
-                             max_pixels=c.max_pixels) for part in distributed.pieces(rows[mine], c.micro_batch)]
+                             max_pixels=c.max_pixels) for part in distributed.pieces(rows, 1 if c.pack else c.micro_batch)]
         # One divisor for the whole batch: the parts of all micro-batches and processes add up to exactly one mean.
+        if c.pack:
+            batches = pack_rows(batches, c.pack, lambda rows: max(distributed.everyone([rows])))
         tokens, seen, patches = distributed.counts(batches)
         loss = torch.zeros((), device=device)
         for batch in batches:
@@ -139,22 +158,24 @@ def main(argv=None):
         run.step(step, note=note, **numbers, lr=lr, tokens=tokens)
         stopped = distributed.asked_to_stop()
         if stopped or (c.save_every and (step + 1) % c.save_every == 0) or step + 1 == c.steps:
-            checkpoint.save(c.out, model, optimizer, {"step": step + 1, "skipped": skipped}, tokenizer)
+            position = agreed(position)
+            checkpoint.save(c.out, model, optimizer, {"step": step + 1, "skipped": skipped, "stream": position}, tokenizer)
         if stopped:
             distributed.stop(step + 1)
 
     # ------------------------------------------------------------------------------------------------ evaluate, save
     seconds = run.seconds()
     run.close()
-    del optimizer, parameters
+    del optimizer, parameters, order
     model = distributed.whole(model)                                 # on the first process, which alone goes on
     distributed.leave()
     if rank:
         return
     fast = distributed.for_evaluation(model, device)
-    results = caption_claims(fast, tokenizer, c.data, c.eval_items, images, max_pixels=c.max_pixels)
+    results = caption_claims(fast, tokenizer, c.data, c.eval_items, Images(), max_pixels=c.max_pixels)
     checkpoint.finish(c.out, model, tokenizer)
-    write_json(f"{c.out}/results.json", {"seconds": round(seconds, 1), **results})
+    damaged = {"damaged": position["damaged"]} if streamed else {}
+    write_json(f"{c.out}/results.json", {"seconds": round(seconds, 1), **damaged, **results})
     print(f"pretrain: {seconds:.0f} s, " + ", ".join(f"{k} {v:.3f}" for k, v in results.items() if isinstance(v, float)))
 
 

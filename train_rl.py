@@ -44,7 +44,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from nanopatho import checkpoint, distributed, grpo, presets, rewards
+from nanopatho import checkpoint, distributed, grpo, lora, presets, rewards
 from nanopatho.chat import ChatTokenizer
 from nanopatho.data import Images, check_images, check_pools, read_records, shuffled
 from nanopatho.evaluate import check_facts, evaluate, read_lexicon, show_samples
@@ -68,6 +68,7 @@ class Config:
     out: str = say("runs/rl", "run folder: weights, metrics.jsonl, samples, results.json")
     seed: int = say(0, "seed of sampling and order")
     train: str = say("vision,projector,decoder", "parts that are trained", parts=("vision", "projector", "decoder"))
+    lora: int = say(0, "rank of low-rank adapters: the decoder's are trained, all else is frozen whatever --train says; 0 = off")
     steps: int = say(200, "rollout steps")
     prompts: int = say(128, "questions per rollout step that enter the update", least=1)
     group_size: int = say(8, "answers to each question", least=2)
@@ -115,6 +116,7 @@ class Config:
     recompute: bool = say(False, "keep only each block's inputs for the backward pass: less memory, a third more work")
     compile: bool = say(False, "torch.compile for each block")
     max_skipped: int = say(0, "updates with a gradient that is not finite, passed over before the run stops")
+    log: str = say("off", "also log to tensorboard or wandb", choices=("off", "tensorboard", "wandb"), extra="log")
     profile: int = say(0, "steps to trace into trace.json, after three to warm up")
     threads: int = say(0, "CPU threads, 0 = all")
 
@@ -156,13 +158,14 @@ def main(argv=None):
         check_facts(read_records(f"{c.data}/{pool}.jsonl"), lexicon)
 
     # ------------------------------------------------------------------------------------------------ model
+    dtype = torch.bfloat16 if c.lora and device.type == "cuda" else torch.float32     # what LoRA freezes needs no fp32
     if not c.init:
         raise ConfigError("--init is empty. RL starts from a model that can answer: give the SFT run folder.")
     with checkpoint.reading(c.init):
-        model, tokenizer = PathoVLM.from_pretrained(c.init, dtype=torch.float32), ChatTokenizer.load(c.init)
-    reference = copy.deepcopy(model).requires_grad_(False) if c.kl > 0 else None
-    trainable(model, c.train.split(","))
-    for m in [model] + [reference] * (c.kl > 0):
+        model, tokenizer = PathoVLM.from_pretrained(c.init, dtype=dtype), ChatTokenizer.load(c.init)
+    reference = (model if c.lora else copy.deepcopy(model).requires_grad_(False)) if c.kl > 0 else None
+    lora.add(model, c.lora) if c.lora else trainable(model, c.train.split(","))
+    for m in [model] + [reference] * (c.kl > 0 and not c.lora):
         m.visual.recompute = m.model.recompute = c.recompute
         distributed.shard(m, [*m.visual.blocks, *m.model.layers], device, compile=c.compile)
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -242,7 +245,7 @@ def main(argv=None):
             saved = step
         if bad >= c.guard > 0:
             run.close()
-            good = f"{c.out}/last, of step {saved}" if saved else f"{c.init}: none were saved yet"
+            good = f"{c.out}/last, of step {saved}" + " (the adapter alone)" * (c.lora > 0) if saved else f"{c.init}: none were saved yet"
             raise ConfigError(f"step {step + 1}: the policy has collapsed: {why}, and so for {bad} steps. The last good weights "
                               f"are in {good}. Start from them in another --out with a lower --lr, or set --guard 0.")
 
@@ -321,6 +324,9 @@ def update(model, reference, tokenizer, groups, parameters, optimizer, lr, c, st
     totals, options = {}, dict(aggregation=c.aggregation, n_global=n, max_length=c.max_new_tokens)
     for _, row in micro_batches(groups if own is None else own, c, tokenizer.pad_id, parameters[0].device):
         mask, scored = row["mask"], (row, c.temperature, tokenizer.banned_ids)
+        if reference is not None:
+            with lora.off(reference), torch.no_grad():               # with --lora it is the model itself, as it started
+                ref = distributed.call(reference, answer_logps, *scored)
         logp = distributed.call(model, answer_logps, *scored)                                                      # (R, N)
         weights = grpo.sampler_weights(row["old"], row["logps"], mask, c.tis) if c.tis else None
         loss, metrics = grpo.policy_loss(logp, row["old"], row["advantages"], mask, clip_low=c.clip_low,
@@ -330,8 +336,6 @@ def update(model, reference, tokenizer, groups, parameters, optimizer, lr, c, st
         numbers = {k: v.double() * here for k, v in metrics.items() if k in ("clip_high", "clip_low", "old_kl")}
         numbers["sampler_gap"] = (logp.detach() - row["logps"])[mask].abs().sum().double() / tokens
         if reference is not None:
-            with torch.no_grad():
-                ref = distributed.call(reference, answer_logps, *scored)
             old = row["old"] if c.kl_gradient == "unbiased" else None
             kl = grpo.aggregate(grpo.kl_k3(logp, ref, mask=mask, old_logp=old), mask, **options)
             loss, numbers["kl"] = loss + c.kl * kl, kl.detach().double()

@@ -4,7 +4,8 @@
     python train_sft.py --preset 7b --data data/cot --init runs/cpt --out runs/sft
 
 Departures from the paper, which publishes the grid (5 subfields x 3 levels x 4 tasks) but no hyper-parameters:
- 1. The curriculum moves from mostly easy to mostly hard within one run; the paper names levels, not an order.
+ 1. The curriculum moves from mostly easy to mostly hard within one run; the paper names levels, not an order. From shards
+    the shares of the levels are the same, but inside a level records come as they were packed, not by subfield and topic.
  2. `--style bare` removes the reasoning from the same records: the ablation that shows what it buys.
  3. `tiny` learns from a teacher that errs on purpose, as a text-only teacher does (data_prep/writer.py says how).
 """
@@ -18,13 +19,16 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from nanopatho import checkpoint, distributed, presets, rewards
+from nanopatho import checkpoint, distributed, lora, presets, rewards
 from nanopatho.chat import PROMPTS, ChatTokenizer, train_tokenizer
-from nanopatho.data import Images, check_images, check_pools, curriculum, read_records, vlm_batch
+from nanopatho.data import CHOICES, Images, check_images, check_pools, curriculum, pack_rows, read_records, vlm_batch
 from nanopatho.evaluate import check_facts, evaluate, read_lexicon, show_samples
 from nanopatho.log import Run, check_finite, speed, vlm_flops, write_json
 from nanopatho.optim import Optimizers, lr_factors
+from nanopatho.stream import agreed, images_of, shard_pools, source, stream
 from nanopatho.vlm import PathoVLM, trainable
+
+START, END = map(np.array, curriculum.__defaults__)                  # shares of easy, medium, hard at first and at last
 
 
 def say(default, help, **more):
@@ -34,11 +38,13 @@ def say(default, help, **more):
 @dataclass
 class Config:
     preset: str = say("tiny", "size of the model and its training fields: smoke, tiny, small, 3b, 7b")
-    data: str = say("data/tiny", "folder with sft.jsonl, the question pools and the images")
+    data: str = say("data/tiny", "folder with sft.jsonl, the question pools and the images; sft.jsonl may be tar shards, with "
+                                 "pools sft_easy, sft_medium, sft_hard for the curriculum, or sft for an even order")
     init: str = say("", "folder of weights to start from; empty: random weights (the no-pretraining ablation)")
     out: str = say("runs/sft", "run folder: weights, metrics.jsonl, samples, results.json")
     seed: int = say(0, "seed of order and augmentation")
     train: str = say("vision,projector,decoder", "parts that are trained", parts=("vision", "projector", "decoder"))
+    lora: int = say(0, "rank of low-rank adapters: the decoder's are trained, all else is frozen whatever --train says; 0 = off")
     style: str = say("cot", "cot: as written; bare: the reasoning removed", choices=("cot", "bare"))
     steps: int = say(1000, "optimizer steps")
     batch_size: int = say(64, "conversations per step", least=1)
@@ -58,10 +64,14 @@ class Config:
     eval_sample_items: int = say(0, "test questions that are sampled, 0 = all")
     save_every: int = say(500, "steps between checkpoints, 0 = only at the end")
     micro_batch: int = say(0, "rows per pass of one process, 0 = its whole share; does not change the result")
+    pack: int = say(0, "tokens of a row that holds several samples end to end, instead of padded rows (--micro_batch); 0 = off")
     recompute: bool = say(False, "keep only each block's inputs for the backward pass: less memory, a third more work")
     offload: bool = say(False, "on GPUs: weights, gradients and moments stay in host memory")
     compile: bool = say(False, "torch.compile for each block")
     max_skipped: int = say(0, "steps with a loss or gradient that is not finite, passed over before the run stops")
+    workers: int = say(4, "processes that open the images of shards ahead of the GPU, 0 = none")
+    max_damaged: int = say(100, "records of shards that cannot be used, passed over before the run stops")
+    log: str = say("off", "also log to tensorboard or wandb", choices=("off", "tensorboard", "wandb"), extra="log")
     profile: int = say(0, "steps to trace into trace.json, after three to warm up")
     threads: int = say(0, "CPU threads, 0 = all")
 
@@ -86,49 +96,67 @@ def main(argv=None):
     rng = np.random.default_rng(c.seed)
 
     # ------------------------------------------------------------------------------------------------ data
-    records = read_records(f"{c.data}/sft.jsonl", use="sft")
-    check_images(records)
+    streamed = shard_pools(c.data, c.init)                           # tar shards: read while training, nanopatho/stream.py
+    if streamed:
+        levels = [i for i, level in enumerate(CHOICES["level"]) if f"sft_{level}" in streamed]
+        shards = [source(c.data, f"sft_{CHOICES['level'][i]}") for i in levels] or [source(c.data, "sft")]
+    else:
+        records = read_records(f"{c.data}/sft.jsonl", use="sft")
+        check_images(records)
     pools = check_pools(c.data)
     for pool in pools:
         check_facts(read_records(f"{c.data}/{pool}.jsonl"), read_lexicon(c.data))
-    images = Images()
+    images = images_of if streamed else Images()
 
     # ------------------------------------------------------------------------------------------------ model
+    dtype = torch.bfloat16 if c.lora and device.type == "cuda" else torch.float32     # what LoRA freezes needs no fp32
     if c.init:
         with checkpoint.reading(c.init):
-            model, tokenizer = PathoVLM.from_pretrained(c.init, dtype=torch.float32), ChatTokenizer.load(c.init)
+            model, tokenizer = PathoVLM.from_pretrained(c.init, dtype=dtype), ChatTokenizer.load(c.init)
     else:
         tokenizer = train_tokenizer([m["content"] for r in records for m in r["messages"]], presets.TINY_BPE)
         model = PathoVLM(presets.VLM[c.preset])
-    trainable(model.train(), c.train.split(","))
+    model.train()
+    lora.add(model, c.lora) if c.lora else trainable(model, c.train.split(","))
     model.visual.recompute = model.model.recompute = c.recompute
     distributed.shard(model, [*model.visual.blocks, *model.model.layers], device, c.offload, c.compile)
     parameters = [p for p in model.parameters() if p.requires_grad]
     if rank == 0:
-        print(f"sft: {sum(p.numel() for p in parameters) / 1e6:.2f} M trained parameters, {len(records)} conversations, "
-              f"{world} x {device.type}")
+        print(f"sft: {sum(p.numel() for p in parameters) / 1e6:.2f} M trained parameters, "
+              f"{sum(s['records'] for s in shards) if streamed else len(records)} conversations, {world} x {device.type}")
 
     # ------------------------------------------------------------------------------------------------ optimizer
     optimizer = Optimizers(model, c.lr, c.weight_decay, c.optimizer, factors=lr_factors(c.lr, c.vision_lr, c.projector_lr))
-    order, first = list(curriculum(records, c.steps, c.batch_size, rng)), 0
-    state, skipped = checkpoint.resume(c.out, model, optimizer), []
-    if state:
-        first, skipped = state["step"], state.get("skipped", [])
+    state = checkpoint.resume(c.out, model, optimizer) or {}
+    first, skipped, position = state.get("step", 0), state.get("skipped", []), state.get("stream")
+    if streamed:
+        moving = lambda step: (START + (END - START) * step / max(1, c.steps - 1))[levels or [0]]
+        order = stream(shards, c.batch_size, mine=mine, use="sft", seed=c.seed, workers=c.workers, turn=c.augment,
+                       max_damaged=c.max_damaged, weights=moving, state=position)
+    else:
+        order = list(curriculum(records, c.steps, c.batch_size, rng))
     run = Run(c.out, c, c.steps, "sft", first, c.profile)
 
     # ------------------------------------------------------------------------------------------------ loop
     for step in range(first, c.steps):
         lr = c.lr * min((step + 1) / max(1, c.warmup),
                         0.1 + 0.45 * (1 + math.cos(math.pi * step / c.steps)))
-        rows = [conversation(records[i], c.style) for i in order[step]]
-        turn = np.random.default_rng([c.seed, step])                 # by step, so that resuming needs no replay
-        if c.augment:
-            distributed.skip_augmentation([r for r, _, _ in rows[:mine.start]], turn)
+        if streamed:                                                 # this process's rows alone, turned where they were read
+            rows, position = next(order)
+            rows, turn = [conversation(r, c.style) for r in rows], None
+        else:
+            rows = [conversation(records[i], c.style) for i in order[step]]
+            turn = np.random.default_rng([c.seed, step])             # by step, so that resuming needs no replay
+            if c.augment:
+                distributed.skip_augmentation([r for r, _, _ in rows[:mine.start]], turn)
+            rows = rows[mine]
         batches = [vlm_batch(part, tokenizer, model.config, images=images, rng=turn if c.augment else None,
-                             max_pixels=c.max_pixels) for part in distributed.pieces(rows[mine], c.micro_batch)]
+                             max_pixels=c.max_pixels) for part in distributed.pieces(rows, 1 if c.pack else c.micro_batch)]
         if step == 0:                                                # assistant tokens and their <|im_end|> only
             run.text("trained", trained_tokens(tokenizer, batches[0]["input_ids"][0], batches[0]["labels"][0]))
         # One divisor for the whole batch: the parts of all micro-batches and processes add up to exactly one mean.
+        if c.pack:
+            batches = pack_rows(batches, c.pack, lambda rows: max(distributed.everyone([rows])))
         tokens, seen, patches = distributed.counts(batches)
         loss = torch.zeros((), device=device)
         for batch in batches:
@@ -144,24 +172,25 @@ def main(argv=None):
             optimizer.zero_grad()
             numbers = dict(skipped=len(skipped))
         note = speed(run.lap(), seen, vlm_flops(model, tokens, seen, patches), world)
-        levels = [records[i].get("level") for i in order[step]]
-        run.step(step, note=note, **numbers, lr=lr, hard=levels.count("hard") / len(levels), tokens=tokens)
+        hard = distributed.total(sum(r.get("level") == "hard" for r, _, _ in rows)) / c.batch_size
+        run.step(step, note=note, **numbers, lr=lr, hard=hard, tokens=tokens)
         stopped = distributed.asked_to_stop()
         if stopped or (c.save_every and (step + 1) % c.save_every == 0) or step + 1 == c.steps:
-            checkpoint.save(c.out, model, optimizer, {"step": step + 1, "skipped": skipped}, tokenizer)
+            position = agreed(position)
+            checkpoint.save(c.out, model, optimizer, {"step": step + 1, "skipped": skipped, "stream": position}, tokenizer)
         if stopped:
             distributed.stop(step + 1)
 
     # ------------------------------------------------------------------------------------------------ evaluate, save
     seconds = run.seconds()
     run.close()
-    del optimizer, parameters
+    del optimizer, parameters, order
     model = distributed.whole(model)                                 # on the first process, which alone goes on
     distributed.leave()
     if rank:
         return
     fast = distributed.for_evaluation(model, device)
-    ask = dict(max_new_tokens=c.max_new_tokens, prompt=c.style, images=images, max_pixels=c.max_pixels)
+    ask = dict(max_new_tokens=c.max_new_tokens, prompt=c.style, images=Images(), max_pixels=c.max_pixels)
     results = {}
     if "test" in pools:
         results, each = evaluate(fast, tokenizer, c.data, items=c.eval_items, samples=c.eval_samples,
@@ -172,7 +201,8 @@ def main(argv=None):
     if c.style == "cot" and "val" in pools:
         show_samples(fast, tokenizer, c.data, c.out, score=score, **ask)
     checkpoint.finish(c.out, model, tokenizer)
-    write_json(f"{c.out}/results.json", {"seconds": round(seconds, 1), **results})    # last: it says the stage is done
+    damaged = {"damaged": position["damaged"]} if streamed else {}
+    write_json(f"{c.out}/results.json", {"seconds": round(seconds, 1), **damaged, **results})    # last: it says the stage is done
     print(f"sft: {seconds:.0f} s" + "".join(f", {k} {results[k]:.3f}" for k in ("greedy_accuracy", "sampled_accuracy")
                                              if k in results))
 

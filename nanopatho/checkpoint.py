@@ -16,12 +16,12 @@ from pathlib import Path
 
 import torch
 
-from . import distributed
+from . import distributed, lora
 from .log import ConfigError
 
 # Settings that may change when a run is resumed: none of them changes what is learned.
-FREE = ("out", "threads", "save_every", "micro_batch", "recompute", "offload", "compile", "profile", "max_skipped", "eval_items",
-        "eval_samples", "eval_sample_items")
+FREE = ("out", "threads", "save_every", "micro_batch", "pack", "recompute", "offload", "compile", "profile", "max_skipped",
+        "eval_items", "eval_samples", "eval_sample_items", "workers", "max_damaged", "log")
 
 
 @contextlib.contextmanager
@@ -31,7 +31,7 @@ def reading(folder, option="--init"):
         yield
     except (ValueError, OSError) as error:
         text = str(error) if str(folder) in str(error) else f"{folder}: {error}"
-        if (Path(folder) / "last").is_dir():
+        if any((Path(folder) / "last").glob("*.safetensors")):       # LoRA leaves an adapter there, no model
             text += f". The run there has not finished: start it again to finish it, or give {Path(folder) / 'last'}."
         raise ConfigError(f"{option}: {text}") from error
 
@@ -74,17 +74,20 @@ def check_out(config, stage):
 
 def save(out, model, optimizer, state, tokenizer=None):
     """Write out/last/. state: plain dict (step, numpy bit-generator states …); torch's random state is added. All processes
-    call it, the first one writes; none goes on before it is done."""
-    whole, moments = distributed.whole(model), distributed.whole_state(optimizer)
+    call it, the first one writes; none goes on before it is done. Of a model with LoRA only the adapter is kept."""
+    adapter, moments = lora.only(model.state_dict()), distributed.whole_state(optimizer)
+    whole = None if adapter else distributed.whole(model)
+    adapter = distributed.whole_tensors(adapter)
     if distributed.rank() == 0:
         out = Path(out)
         fresh, last, old = out / "last.tmp", out / "last", out / "last.old"
         shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir(parents=True)
-        whole.save_pretrained(fresh)
+        if whole is not None:
+            whole.save_pretrained(fresh)
         if tokenizer is not None:
             tokenizer.save(fresh)
-        torch.save(dict(state, optimizer=moments, torch_rng=torch.get_rng_state()), fresh / "train_state.pt")
+        torch.save(dict(state, optimizer=moments, adapter=adapter, torch_rng=torch.get_rng_state()), fresh / "train_state.pt")
         if last.exists():                                            # else `old` is the only complete one: it stays
             shutil.rmtree(old, ignore_errors=True)
             os.replace(last, old)
@@ -104,8 +107,9 @@ def resume(out, model, optimizer):
         reason = str(error).split("\n")[0][:200]                     # torch.load raises many kinds, some with a long advice
         raise ConfigError(f"{folder}/train_state.pt cannot be read ({type(error).__name__}: {reason}). Remove {folder} to "
                           "start this stage again.") from error
+    adapter = state.pop("adapter", {})                               # LoRA: the other weights are those of --init
     try:
-        distributed.load_whole(model, type(model).from_pretrained(folder).state_dict())
+        distributed.load_whole(model, adapter or type(model).from_pretrained(folder).state_dict(), strict=not adapter)
     except (ValueError, OSError, RuntimeError) as error:             # RuntimeError: other names or shapes
         raise ConfigError(f"{error}. The checkpoint cannot be used: remove {folder} to start this stage again.") from error
     distributed.load_whole_state(optimizer, state.pop("optimizer"))

@@ -11,7 +11,7 @@
 Every process must make the same calls in the same order, or all wait for ever: equal numbers of rows and micro-batches,
 decisions from numbers that all know. Without torchrun on a CPU nothing here does anything. On CUDA there is always a
 group, of one process if need be, so that one GPU and eight run alike: weights, gradients and moments in fp32, computing
-in bf16. Needs data.py and log.py.
+in bf16. Needs data.py, log.py and lora.py.
 """
 import copy
 import os
@@ -27,6 +27,7 @@ from torch.distributed.fsdp import (CPUOffloadPolicy, MixedPrecisionPolicy, Offl
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 
+from . import lora
 from .data import augment, image_paths
 from .log import ConfigError, run_main
 
@@ -154,6 +155,15 @@ def gather(x):
     return torch.cat(parts)
 
 
+def everyone(items):
+    """The lists of all processes as one, in the order of ranks, on each."""
+    if world() == 1:
+        return items
+    found = [None] * world()
+    dist.all_gather_object(found, items)
+    return [x for part in found for x in part]
+
+
 def read(loss, norm):
     """The losses of all processes added up, and the norm -> two floats. Only here a step waits for the device."""
     add_up([loss])
@@ -209,21 +219,30 @@ def clip_gradients(parameters, limit):
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-def whole(model, everywhere=False, device="cpu", dtype=None):
-    """A plain model with all the weights, for saving, evaluation or sampling: on the first process (None elsewhere), or
-    everywhere. An unsharded model is returned as it is. Drop the copy before training goes on, or it stays in memory."""
-    if not hasattr(model, "under_hooks"):
-        return model
-    state, wanted = {}, everywhere or rank() == 0
-    for name, p in model.state_dict().items():
-        full = p.full_tensor()                                       # every process takes part
+def whole_tensors(tensors, wanted=True, device="cpu", dtype=None):
+    """{name: tensor, perhaps sharded} -> the same whole, where they are wanted; every process takes part. The matrices of
+    LoRA keep their own dtype."""
+    state, adapter = {}, lora.only(tensors)
+    for name, p in tensors.items():
+        full = p.full_tensor() if isinstance(p, DTensor) else p
         if wanted:
-            state[name] = full.to(device=device, dtype=dtype)
+            state[name] = full.to(device=device, dtype=None if name in adapter else dtype)
+    return state
+
+
+def whole(model, everywhere=False, device="cpu", dtype=None):
+    """A plain model with all the weights, LoRA added in, for saving, evaluation or sampling: on the first process (None
+    elsewhere), or everywhere. A model without LoRA that is not sharded is returned as it is. Drop the copy before training
+    goes on, or it stays in memory."""
+    tensors, wanted = model.state_dict(), everywhere or rank() == 0
+    if not hasattr(model, "under_hooks") and not lora.only(tensors):
+        return model
+    state = whole_tensors(tensors, wanted, device, dtype)
     if not wanted:
         return None
     with torch.device("meta"):
         plain = type(model)(model.config)                            # FSDP's subclass makes the plain class
-    plain.load_state_dict(state, assign=True)
+    plain.load_state_dict(lora.merged(state), assign=True)
     vars(plain).update({k: v for k, v in vars(model).items() if k in vars(plain) and not k.startswith("_")})
     return plain.requires_grad_(False).eval()
 
@@ -241,10 +260,10 @@ def laid_out(tensor, like):
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
 
 
-def load_whole(model, state):
+def load_whole(model, state, strict=True):
     """load_state_dict for whole tensors into a model that may be sharded."""
     current = model.state_dict()
-    model.load_state_dict({k: laid_out(v, current.get(k)) for k, v in state.items()})
+    model.load_state_dict({k: laid_out(v, current.get(k)) for k, v in state.items()}, strict)
 
 
 def whole_state(optimizers):

@@ -19,7 +19,8 @@ NEEDED = {name: name for name in ("torch", "numpy", "tokenizers", "safetensors",
 EXTRAS = {"huggingface_hub": ("huggingface-hub", "fetching published weights"), "pytest": ("pytest", "make test"),
           "transformers": ("transformers", "weights compare, parity tests: extra parity"),
           "pyarrow": ("pyarrow", "reading parquet: extra data"), "pypdfium2": ("pypdfium2", "reading books: extra data"),
-          "lxml": ("lxml", "reading articles: extra data")}
+          "lxml": ("lxml", "reading articles: extra data"),
+          "tensorboard": ("tensorboard", "--log tensorboard: extra log"), "wandb": ("wandb", "--log wandb: extra log")}
 GB = 1e9
 
 

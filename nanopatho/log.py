@@ -3,7 +3,7 @@
     run = Run("runs/demo/sft", config, total=300, title="sft")
     run.step(7, loss=1.93, lr=1e-3)            # -> metrics.jsonl, log.txt, the bar
     run.text("step7", "...")                   # -> samples/step7.txt
-Works alone with tqdm; no web logger, nothing leaves the machine.
+Works alone with tqdm. Nothing leaves the machine, unless a run is started with --log wandb.
 """
 import dataclasses
 import json
@@ -38,7 +38,8 @@ def check_finite(step, records, skipped=None, limit=0, **numbers):
     """
     if all(map(math.isfinite, numbers.values())):
         return True
-    ids = [r["id"] for r in records]
+    from .distributed import everyone
+    ids = list(dict.fromkeys(everyone([r["id"] for r in records])))  # processes that stream know their own rows only
     more = f" and {len(ids) - 20} more" if len(ids) > 20 else ""
     text = (f"step {step + 1}: {', '.join(f'{k} is {v}' for k, v in numbers.items())}; nothing was updated. "
             f"Records of this step: {', '.join(ids[:20])}{more}.")
@@ -59,6 +60,19 @@ def write_json(path, data):
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(data, indent=1, ensure_ascii=False), encoding="utf-8")
     os.replace(temporary, path)
+
+
+def board(kind, out, config, start):
+    """-> function(step, numbers) that also logs to "tensorboard" (OUT/tensorboard) or "wandb", function that ends it."""
+    if kind == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+        writer = SummaryWriter(str(out / kind), purge_step=start)    # drops what a killed run wrote and did not save
+        return lambda step, numbers: [writer.add_scalar(k, v, step) for k, v in numbers.items()], writer.close
+    if kind == "wandb":
+        import wandb
+        web = wandb.init(project="nanopatho", name=str(out), dir=str(out), config=dataclasses.asdict(config), resume="auto")
+        return lambda step, numbers: web.log(numbers, step=step), web.finish
+    return lambda step, numbers: None, lambda: None
 
 
 class Run:
@@ -91,6 +105,7 @@ class Run:
         self.before = json.loads(kept[-1])["time"] if kept else 0.0
         self.file = open(self.out / "metrics.jsonl" if self.first else os.devnull, "a", encoding="utf-8")
         self.lines = open(self.out / "log.txt" if self.first else os.devnull, "a" if start else "w", encoding="utf-8")
+        self.board, self.end_board = board(getattr(config, "log", "off") if self.first else "off", self.out, config, start)
         self.began = self.last = time.time()
         self.bar = tqdm(total=total, initial=start, desc=title, unit="step", dynamic_ncols=True, mininterval=0.5,
                         disable=not self.first)
@@ -122,6 +137,7 @@ class Run:
         text = " | ".join([f"{k} {v:.4g}" for k, v in row.items() if k not in ("step", "time")] + [note] * bool(note))
         self.lines.write(f"{self.title} {step + 1}/{self.total} | {row['time']:.1f}s | {text}\n")
         self.lines.flush()
+        self.board(step, {k: row[k] for k in numbers})
         names = show or list(numbers)[:4]
         self.bar.set_postfix_str(" ".join([f"{k}={row[k]:.3g}" for k in names] + [note] * bool(note)), refresh=False)
         self.bar.update(step + 1 - self.bar.n)
@@ -136,6 +152,7 @@ class Run:
         if self.profiler:
             self.profiler.stop()
         self.bar.close()
+        self.end_board()
         self.file.close()
         self.lines.close()
 

@@ -6,6 +6,9 @@
     merged(model.state_dict())             # the published names and shapes, corrections added in: to save, to sample from
     only(model.state_dict())               # the corrections alone: what a checkpoint must keep beside the start weights
 
+A checkpoint OUT/last of the scripts keeps them as torch.load("OUT/last/train_state.pt")["adapter"]: to get a whole model of it,
+add(start, rank), start.load_state_dict(that, strict=False), merged(start.state_dict()).
+
 y = W x + SCALE * B (A x), with A (rank, in) random and B (out, rank) zero, so that training starts from the given model.
 A layer stays an nn.Linear in its place: weight and bias keep their published names, FSDP and kernels see what they know.
 Corrections are fp32 even where W is bf16, whose 8 bits would swallow their small steps. Gradients and moments, 12 bytes a

@@ -10,6 +10,7 @@ reasoned in the README's table of departures; the tiny ones were measured on the
 """
 import argparse
 import dataclasses
+import importlib.util
 import sys
 
 
@@ -94,14 +95,16 @@ TRAIN = {
         "rl": dict(lr=1e-4, warmup=5, decay=0.5, weight_decay=0.0, prompts=16, steps=120, max_new_tokens=64, micro_batch=128,
                    eval_sample_items=300),
     },
-    # small: guesses for one GPU, scaled from tiny; not run yet.
+    # small: guesses for one GPU, scaled from tiny; not run as a whole yet. Its pictures have 224 x 224 pixels.
     "small": {
         "clip": dict(optimizer="muon", batch_size=256, lr=1e-3, warmup=100, weight_decay=0.05, steps_morphology=2000,
                      steps_all=2000, partial=0.7, stain=0.2),
-        "pretrain": dict(optimizer="muon", batch_size=64, lr=1e-3, warmup=100, steps=4000),
+        "pretrain": dict(optimizer="muon", batch_size=64, lr=1e-3, warmup=100, steps=4000,
+                         max_pixels=224 * 224),
         "sft": dict(optimizer="muon", train="projector,decoder", batch_size=64, lr=1e-3, warmup=50, steps=2000,
-                    max_new_tokens=320),
-        "rl": dict(lr=5e-5, warmup=5, weight_decay=0.0, prompts=64, steps=200, max_new_tokens=320, micro_batch=128),
+                    max_pixels=224 * 224, max_new_tokens=320),
+        "rl": dict(lr=5e-5, warmup=5, weight_decay=0.0, prompts=64, steps=200, max_new_tokens=320, micro_batch=128,
+                   max_pixels=224 * 224),
     },
     # Full size: activations, not weights, decide what fits (`--dry-run` shows it), so blocks are recomputed in small passes.
     **{size: {"pretrain": dict(recompute=True, micro_batch=2, max_skipped=5), "sft": dict(recompute=True, micro_batch=2, max_skipped=5),
@@ -126,7 +129,8 @@ def parse(Config, stage, argv=None):
 
     >>> # python train_sft.py --preset tiny --lr 5e-4     dataclass default < TRAIN["tiny"]["sft"] < --lr
     Unknown presets and fields end the program with the list of known ones (exit code 2), before anything is read; so do
-    values out of range: a number below metadata["least"] (0 if not given), a name not among metadata["parts"]. With
+    values out of range: a number below metadata["least"] (0 if not given), a name not among metadata["parts"]; a package
+    named as a value that is not installed (metadata["extra"]: the extra that brings it). With
     --dry-run the plan of the run (plan.py) is printed and the program ends (exit code 0).
     """
     argv = sys.argv[1:] if argv is None else argv
@@ -159,6 +163,8 @@ def parse(Config, stage, argv=None):
             parser.error(f"--{f.name} {value}: must be {least} or more")
         if parts and not set(str(value).split(",")) <= set(parts):
             parser.error(f"--{f.name} {value}: choose from {', '.join(parts)}, joined by commas")
+        if f.metadata.get("extra") and value != f.default and not importlib.util.find_spec(value):
+            parser.error(f"--{f.name} {value}: {value} is not installed; pip install -e \".[{f.metadata['extra']}]\"")
     if dry_run:
         from .plan import describe
         try:

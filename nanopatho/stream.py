@@ -16,17 +16,20 @@ A record that cannot be used gives its place to the next sound one of its shard,
 is named on stderr and in state["damaged"]; after more than max_damaged of them on one process the stream ends. Flipped
 bits that leave a readable picture are found by `python -m data_prep validate FOLDER`, which reads everything, not here.
 
-Needs data.py, image.py and torch's DataLoader. The format is described in data_prep/shards.py.
+Needs data.py, distributed.py, image.py and torch's DataLoader. The format is described in data_prep/shards.py.
 """
 import bisect
 import collections
 import functools
 import io
 import json
+import multiprocessing
+import os
 import signal
 import sys
 import tarfile
 from itertools import accumulate
+from multiprocessing.util import Finalize
 from pathlib import Path
 
 import numpy as np
@@ -35,24 +38,39 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from .data import DataError, augment, check_record
+from .distributed import everyone
 from .image import ImageError, open_image
+from .log import ConfigError
 
 FORMAT = "nanopatho-shards-1"
 UNUSABLE = (ImageError, ValueError, KeyError, OSError, EOFError, OverflowError, tarfile.TarError)
 
 
-def source(folder, pool, weight=None):
-    """One pool of a shard folder -> dict(name, shards, records, weight). weight: its share of the stream beside others',
-    on any scale; None: its number of records. Only index.json is read; every shard must be there in full length."""
+def shard_pools(folder, init):
+    """Names of the pools in a folder of shards; [] for a folder of plain files, which has no index.json. init: a script's
+    --init, which shards need: they are not read in advance to make a tokenizer."""
+    path = Path(folder) / "index.json"
+    if path.is_file() and not init:
+        raise ConfigError(f"--data {folder} holds shards, which are not read in advance to make a tokenizer: give --init")
+    try:
+        return [*json.loads(path.read_text(encoding="utf-8"))["pools"]] if path.is_file() else []
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: cannot be used ({error}); `python -m data_prep shard` makes such files") from error
+
+
+def source(folder, pool, weight=None, also=()):
+    """One pool of a shard folder -> dict(name, shards, records, weight, also). weight: its share of the stream beside
+    others', on any scale; None: its number of records. also: fields that its records must have besides those of the use.
+    Only index.json is read; every shard must be there in full length."""
     folder = Path(folder)
     try:
         index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
-        pools = index["pools"] if index["format"] == FORMAT else None
-        if pools is None or pool not in pools:
-            raise ValueError(f"format {index['format']!r}, this reads {FORMAT}" if pools is None else
-                             f"no pool {pool!r}, it has {', '.join(pools)}")
+        held = index["pools"] if index["format"] == FORMAT else None
+        if held is None or pool not in held:
+            raise ValueError(f"format {index['format']!r}, this reads {FORMAT}" if held is None else
+                             f"no pool {pool!r}, it has {', '.join(held)}")
         shards = [dict(path=str(folder / Path(s["file"]).name), records=int(s["records"]), bytes=int(s["bytes"]))
-                  for s in pools[pool]["shards"] if s["records"]]
+                  for s in held[pool]["shards"] if s["records"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{folder}/index.json: cannot be used ({error}); `python -m data_prep shard` makes such "
                         "folders") from error
@@ -66,7 +84,7 @@ def source(folder, pool, weight=None):
     weight = records if weight is None else weight
     if not 0 <= weight < float("inf"):
         raise DataError(f"{folder}, {pool}: weight {weight}; it must be 0 or more")
-    return dict(name=f"{folder}/{pool}", shards=shards, records=records, weight=weight)
+    return dict(name=f"{folder}/{pool}", shards=shards, records=records, weight=weight, also=also)
 
 
 def images_of(record):
@@ -93,6 +111,11 @@ def batches(sources, batch, state, weights=None):
             owed[k], taken[k] = owed[k] - 1.0, taken[k] + 1
         number += 1
         yield rows, dict(batch=number, owed=[*owed], taken=[*taken])
+
+
+def agreed(state):
+    """A state with the damaged records of all processes, to be saved. Every process calls it."""
+    return state and {**state, "damaged": [*dict.fromkeys(everyone(state["damaged"]))]}
 
 
 class Shards(Dataset):
@@ -142,14 +165,15 @@ class Shards(Dataset):
             self.tables[k, s] = file, ids, offsets
         return self.tables[k, s]
 
-    def read(self, file, start, end):
+    def read(self, file, start, end, also=()):
         """One slice of a shard -> its record with its pictures; one of UNUSABLE if it cannot be used."""
         file.seek(start)
         piece = file.read(end - start)
         with tarfile.open(fileobj=io.BytesIO(piece), mode="r:") as tar:
             data = {m.name: piece[m.offset_data:m.offset_data + m.size] for m in tar if m.isreg()}
         record = json.loads(data[next(iter(data), "its .json")])
-        if problems := check_record(record, self.use):
+        problems = check_record(record, self.use)
+        if problems := problems or [(name, "is missing") for name in also if not record.get(name)]:
             raise ValueError("; ".join(f"field '{field}' {problem}" for field, problem in problems))
         names = record.get("image") or []
         return {**record, "_images": [decode(n, data[n]) for n in ([names] if isinstance(names, str) else names)]}
@@ -160,7 +184,7 @@ class Shards(Dataset):
         (file, ids, offsets), path = self.table(k, s), self.sources[k]["shards"][s]["path"]
         for i in [*range(first, len(ids)), *range(first)]:
             try:
-                return {**self.read(file, offsets[i], offsets[i + 1]), "_where": f"{path}: {ids[i]}"}
+                return {**self.read(file, offsets[i], offsets[i + 1], self.sources[k]["also"]), "_where": f"{path}: {ids[i]}"}
             except UNUSABLE as error:
                 why = f"{error} is not in the tar" if isinstance(error, KeyError) else error
                 problems.append(f"{path}: {ids[i]}: {why}")
@@ -199,10 +223,11 @@ def decode(name, data):
         raise ImageError(f"{name}: not an image PIL knows ({len(data):,} bytes)") from error
 
 
-def leave_signals(worker):
-    """Slurm and torchrun signal every process; the one that trains saves and then ends its workers."""
+def leave_signals(leaving, worker):
+    """Slurm and torchrun signal every process; the one that trains saves and then ends its workers. At its own end, in
+    whatever way, Python sends SIGTERM to them and waits: after `leaving` is set they heed it."""
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+        signal.signal(number, lambda received, frame: os._exit(0) if leaving.is_set() else None)
 
 
 def stream(sources, batch, *, mine=slice(None), use="caption", seed=0, window=8, workers=0, ahead=2, turn=False, make=None,
@@ -226,10 +251,12 @@ def stream(sources, batch, *, mine=slice(None), use="caption", seed=0, window=8,
             behind.append(after)
             yield rows[mine]
 
+    leaving = multiprocessing.Event()
+    Finalize(None, leaving.set, exitpriority=1)                      # called before Python ends its children
     # A generator of its own: torch's random state is the run's, and it must not matter whether a stream was opened.
     loader = DataLoader(Shards(sources, use, seed, window, turn, make), batch_size=None, sampler=ours(),
                         num_workers=workers, prefetch_factor=ahead if workers else None, collate_fn=tuple,
-                        worker_init_fn=leave_signals, generator=torch.Generator().manual_seed(seed))
+                        worker_init_fn=functools.partial(leave_signals, leaving), generator=torch.Generator().manual_seed(seed))
     for rows, flat, problems in loader:
         for text in problems:
             if text not in damaged:

@@ -45,7 +45,7 @@ def tasks(preset, data, out, seed=0, ablations=False, threads=0):
     if ablations:
         table |= {
             "bare_sft": (run("train_sft.py", "bare_sft", "--style", "bare", *at("pretrain")), ("pretrain",)),
-            "nopretrain_sft": (run("train_sft.py", "nopretrain_sft"), ()),
+            "nopretrain_sft": (run("train_sft.py", "nopretrain_sft", "--train", "vision,projector,decoder"), ()),  # learns to see
             "nopretrain_dapo": (run("train_rl.py", "nopretrain_dapo", "--algo", "dapo", *at("nopretrain_sft")),
                                 ("nopretrain_sft",)),
             "nosft_grpo": (run("train_rl.py", "nosft_grpo", "--algo", "grpo", *at("pretrain")), ("pretrain",)),
@@ -85,7 +85,8 @@ def run_all(table, jobs, after=lambda name, seconds: None, meanwhile=lambda: Non
 
 
 def make_data(preset, data):
-    command = [sys.executable, "-m", "data_prep", "microworld", "--preset", preset, "--out", str(data)]
+    command = [sys.executable, "-m", "data_prep", "microworld", "--preset", preset, "--out", str(data), "--workers",
+               str(os.cpu_count())]
     print(f"$ {shlex.join(['python', *command[1:]])}", flush=True)
     subprocess.run(command, cwd=ROOT, check=True)
 

@@ -4,6 +4,7 @@ Processes come from a server that has imported everything once (fork), so one co
 NANOPATHO_KILLS=20 python -m pytest tests/test_distributed.py -k kill      # the long form: so many kills a stage
 """
 
+import json
 import math
 import multiprocessing
 import os
@@ -25,10 +26,12 @@ import train_rl
 import train_sft
 from nanopatho import checkpoint, distributed, presets
 from nanopatho.clip import CLIP, clip_loss
+from nanopatho.data import DataError
 from nanopatho.log import ConfigError
 from nanopatho.optim import Optimizers
 from nanopatho.vlm import PathoVLM
-from smoke import equal, luck, metrics, options, weights
+from smoke import equal, luck, metrics, options, strict, weights
+from test_scripts import clip_start, packed, shards                  # noqa: F401  (fixtures)
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"clip": train_clip, "pretrain": train_pretrain, "sft": train_sft, "rl": train_rl}
@@ -105,21 +108,79 @@ def farthest(one, two):
 
 @pytest.mark.parametrize("stage", SCRIPTS)
 def test_any_split_gives_the_same_weights(stage, world, chain, tmp_path):
-    """One process with eight rows at a time; one with three; two processes with four; four with two."""
+    """One process with eight rows at a time; one with three; two processes with four; four with two; two that pack."""
     fields = fields_of(stage, world, chain)
     split = {"whole": (0, 0), "pieces": (0, 3), "two": (2, 0), "four": (4, 0)}
+    if stage in ("pretrain", "sft"):
+        split["packed"] = 2, 0
     if stage == "rl":        # answers at a time, a group at least; two groups an update: some of four processes have none
         split = {"whole": (0, 64), "pieces": (0, 1), "two": (2, 64), "four": (4, 1)}
-    groups = [begin(n, train, stage, dict(fields, out=tmp_path / name, micro_batch=micro))
+    groups = [begin(n, train, stage, dict(fields, out=tmp_path / name, micro_batch=micro,
+                                          **dict(pack=300) if name == "packed" else {}))
               for name, (n, micro) in split.items()]
-    assert [set(end(g)) for g in groups] == [{0}] * 4
+    assert [set(end(g)) for g in groups] == [{0}] * len(split)
     want, rows = state(tmp_path / "whole"), metrics(tmp_path / "whole")
     assert len(rows) == fields.get("steps", 10) and (stage == "clip" or farthest(want, state(chain / "pretrain")) > 3e-4)
-    for name in ("pieces", "two", "four"):
+    for name in [name for name in split if name != "whole"]:
         assert farthest(want, state(tmp_path / name)) < 1e-6, name
         for one, other in zip(rows, metrics(tmp_path / name), strict=True):    # a wrong divisor shows here, Adam hides it
             assert {k: pytest.approx(v, rel=1e-4, abs=1e-6) for k, v in one.items() if k != "time"} == {
                 k: v for k, v in other.items() if k != "time"}
+
+
+@pytest.mark.parametrize("stage", ["clip", "pretrain", "sft"])
+def test_shards_in_any_split_and_resumed(stage, shards, chain, clip_start, tmp_path):       # noqa: F811
+    """One process with eight rows; two with four until a signal stops them, then one; and kill -9, then again. 80 rows are
+    more than one pass, so that the stream is resumed in its second one too."""
+    fields = fields_of(stage, shards, chain) | (dict(init=clip_start) if stage == "clip" else {})
+    groups = [begin(0, train, stage, dict(fields, out=tmp_path / "whole", workers=1)),
+              begin(2, stopped_by_signal, stage, dict(fields, out=tmp_path / "two", workers=1), 5),
+              begin(0, killed, stage, dict(fields, out=tmp_path / "killed", workers=0, save_every=3), 7)]
+    assert [end(g) for g in groups] == [[0], [1, 1], [-signal.SIGKILL]]
+    position = torch.load(tmp_path / "two" / "last" / "train_state.pt")["stream"]
+    assert position["batch"] == 6 and sum(position["taken"]) == 48
+    run(0, train, stage, dict(fields, out=tmp_path / "two", workers=0))
+    run(0, train, stage, dict(fields, out=tmp_path / "killed", workers=1, save_every=3))
+    want, rows = state(tmp_path / "whole"), metrics(tmp_path / "whole")
+    assert len(rows) == 10 and farthest(want, state(fields["init"])) > 3e-4
+    assert equal(want, state(tmp_path / "killed")) and farthest(want, state(tmp_path / "two")) < 1e-6
+    for name, close in (("killed", dict(rel=0, abs=0)), ("two", dict(rel=1e-4, abs=1e-6))):
+        for one, other in zip(rows, metrics(tmp_path / name), strict=True):
+            assert {k: pytest.approx(v, **close) for k, v in one.items() if k != "time"} == {
+                k: v for k, v in other.items() if k != "time"}
+    if stage == "sft":                                               # the curriculum: hard ones from .1 to .4 of each batch
+        hard, asked = (sum(8 * x for x in xs) for xs in ((r["hard"] for r in rows), (0.1 + 0.3 * s / 9 for s in range(10))))
+        assert abs(hard - asked) <= 1
+    assert strict(tmp_path / "two" / "results.json")["damaged"] == []
+
+
+def test_damaged_records_of_all_processes_are_named(world, chain, tmp_path):
+    (tmp_path / "plain").mkdir()
+    folder = packed(world, tmp_path / "plain", tmp_path / "shards")
+    for path in sorted(folder.glob("captions-*.tar"))[:4]:           # the first record of four shards: zeros in its picture
+        raw, ends = bytearray(path.read_bytes()), json.loads(path.with_suffix(".json").read_text())["offsets"]
+        at = raw.index(b"\xff\xd8", ends[0]) + 300
+        raw[at:ends[1]] = bytes(ends[1] - at)
+        path.write_bytes(raw)
+    bad = {json.loads(p.with_suffix(".json").read_text())["ids"][0] for p in sorted(folder.glob("captions-*.tar"))[:4]}
+    fields = dict(fields_of("pretrain", folder, chain), workers=0, out=tmp_path / "run")
+    run(2, train, "pretrain", dict(fields, max_damaged=4))
+    told = strict(tmp_path / "run" / "results.json")["damaged"]
+    assert len(told) == 4 and {line.split(": ")[1] for line in told} == bad
+    with pytest.raises(DataError, match="4 damaged records, more than --max_damaged 3"):
+        train("pretrain", dict(fields, out=tmp_path / "other", max_damaged=3))
+
+
+def test_lora_in_two_processes(world, chain, tmp_path):
+    """RL with the adapter switched off as reference: sharded as without, and a KL of exactly zero before the first update."""
+    fields = dict(fields_of("rl", world, chain), lora=4, updates=1, lr=1e-3)
+    groups = [begin(n, train, "rl", dict(fields, out=tmp_path / name)) for n, name in ((0, "one"), (2, "two"))]
+    assert [set(end(g)) for g in groups] == [{0}] * 2
+    one, two = (state(tmp_path / name) for name in ("one", "two"))
+    assert farthest(one, two) < 1e-6 and farthest(one, state(chain / "pretrain")) > 3e-4
+    for name in ("one", "two"):
+        kl = [r["kl"] for r in metrics(tmp_path / name) if "kl" in r]
+        assert kl[0] == 0 and max(kl) > 0
 
 
 def test_a_group_of_one_is_sharded_too_and_equal_to_none(world, chain, tmp_path):
@@ -254,6 +315,18 @@ def test_a_process_that_dies_ends_the_others(world, chain, tmp_path):
     assert codes == [1, -signal.SIGKILL] and time.time() - began < 60
 
 
+def killed(stage, fields, at):
+    """kill -9 after step `at`."""
+    real = SCRIPTS[stage].Run.step
+
+    def step(self, number, **more):
+        real(self, number, **more)
+        if number == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+    SCRIPTS[stage].Run.step = step
+    train(stage, fields)
+
+
 KILLS = int(os.environ.get("NANOPATHO_KILLS", 2))
 
 
@@ -267,10 +340,10 @@ def test_killed_at_any_moment(stage, world, chain, tmp_path):
     lasts, dice = time.time() - began, random.Random(7)
     reached = []
     for _ in range(KILLS):
-        killed, = begin(0, train, stage, dict(fields, out=tmp_path / "run"))
+        child, = begin(0, train, stage, dict(fields, out=tmp_path / "run"))
         time.sleep(dice.uniform(0.3, 1.0) * lasts / (1 if KILLS == 2 else 1.5))
-        killed.kill()
-        killed.join()
+        child.kill()
+        child.join()
         folder = checkpoint.begun(tmp_path / "run")
         if (tmp_path / "run" / "results.json").exists():             # it was done before the kill: another round
             assert equal(state(tmp_path / "whole"), state(tmp_path / "run"))

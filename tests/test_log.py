@@ -259,3 +259,36 @@ def test_a_broken_state_ends_with_a_message(tmp_path):
     (tmp_path / "last" / "train_state.pt").write_bytes(whole[:len(whole) // 2])
     with pytest.raises(ConfigError, match=r"last/train_state.pt cannot be read .*Remove .* to start this stage again"):
         checkpoint.resume(tmp_path, *fresh())
+
+
+def test_tensorboard_holds_each_step_once_after_a_kill(tmp_path):
+    """Truth: TensorBoard's own reader. Steps that a killed run logged and did not save come a second time."""
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="extra log")
+
+    @dataclass
+    class Logged(Config):
+        log: str = "tensorboard"
+    for start, add in ((0, 0.5), (3, 0.25)):                             # the first one is killed after step 5
+        run = Run(tmp_path, Logged(), 8, "x", start)
+        for step in range(start, 8 if start else 6):
+            run.step(step, loss=step + add)
+        run.close()
+    events = reader.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(s, s + (0.25 if s >= 3 else 0.5)) for s in range(8)]
+    assert [r["loss"] for r in rows(tmp_path)] == [e.value for e in events.Scalars("loss")]
+
+
+def test_wandb_offline(tmp_path, monkeypatch):
+    """Nothing is sent; what would be sent lies in the run folder."""
+    pytest.importorskip("wandb", reason="extra log")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+
+    @dataclass
+    class Logged(Config):
+        log: str = "wandb"
+    run = Run(tmp_path, Logged(), 2, "x")
+    run.step(0, loss=0.5)
+    run.close()
+    kept, = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
+    assert b"loss" in kept.read_bytes()

@@ -12,7 +12,7 @@ import train_clip
 import train_pretrain
 import train_rl
 import train_sft
-from nanopatho import plan, presets
+from nanopatho import lora, plan, presets
 from nanopatho.clip import CLIP, clip_loss
 from nanopatho.decoder import KVCache
 from nanopatho.optim import Optimizers
@@ -78,6 +78,27 @@ def test_weights_gradients_and_optimizer_are_what_is_allocated(kind, train):
     assert all(shared[name] == told[name] / 4 for name in ("weights", "gradients", "optimizer"))
 
 
+def test_lora_in_the_plan():
+    """Frozen weights in bf16, A and B with gradients and moments in fp32; no reference; of the tower, activations neither."""
+    model = PathoVLM(presets.VLM["small"]).bfloat16()
+    parameters = lora.add(model, 4)
+    optimizer = Optimizers(model, 1e-3, 0.1)
+    for p in parameters:
+        p.grad = torch.ones_like(p)
+    gradients = sum(p.grad.nbytes for p in parameters)
+    optimizer.step(1e-3)
+    state = sum(x.nbytes for one in optimizer for values in one.state.values() for x in values.values() if x.ndim)
+    c = config("rl", preset="small", algo="grpo", lora=4)
+    told = plan.memory(model, c, "rl", 1)
+    assert (told["weights"], told["gradients"], told["optimizer"]) == (sum(p.nbytes for p in model.parameters()), gradients, state)
+    assert "reference model" not in told and "reference model" in plan.memory(model, dataclasses.replace(c, lora=0), "rl", 1)
+    before, total = sum(n for n in told.values()), sum(p.numel() for p in parameters)
+    assert plan.peak(told) == before - min(sum(told[n] for n in names) for names in (plan.SAMPLING, plan.UPDATE))
+    shown = plan.describe(c, "rl")
+    assert re.search(rf"  lora +{total:,}  trained\n", shown) and re.search(r"  decoder +[\d,]+  frozen\n", shown)
+    assert re.search(rf"at most +{plan.peak(told) / 1e9:.2f} ", shown)
+
+
 def test_what_rl_needs_besides():
     model = PathoVLM(presets.VLM["smoke"]).bfloat16()
     c = config("rl", preset="smoke", algo="grpo", prompts=4, group_size=8, max_new_tokens=10, max_pixels=28 * 28 * 16)
@@ -85,6 +106,7 @@ def test_what_rl_needs_besides():
     assert told["reference model"] == told["weights"] == 2 * sum(p.nbytes for p in model.parameters()) / 2
     caches = [KVCache(2, rows, 2, tokens, 16, torch.bfloat16, "cpu")   # of two prompts, and of eight answers to each
               for rows, tokens in ((2, 16 + plan.PROMPT), (16, 10))]
+    assert told["copy to sample from"] == sum(p.nbytes for p in model.parameters())
     assert told["keys and values"] == sum(cache.k.nbytes + cache.v.nbytes for cache in caches)
     outside = [p for n, p in model.named_parameters() if ".blocks." not in n and ".layers." not in n]
     layer = max(sum(p.nbytes for p in x.parameters()) for x in (*model.model.layers, *model.visual.blocks))
@@ -107,12 +129,14 @@ def kept(run, model):
     return sum(n for n, _ in seen.values()) + 0 * loss.item()
 
 
-@pytest.mark.parametrize("preset", ["smoke", "small"])
-def test_activations_are_those_that_backward_keeps(preset, monkeypatch):
+@pytest.mark.parametrize("preset, rank", [("smoke", 0), ("small", 0), ("small", 8)])
+def test_activations_are_those_that_backward_keeps(preset, rank, monkeypatch):
     monkeypatch.setattr(plan, "PROMPT", 40), monkeypatch.setattr(plan, "ANSWER", 60)
     torch.manual_seed(0)
     model = PathoVLM(presets.VLM[preset])
-    c = config("sft", preset=preset, batch_size=2, max_pixels=28 * 28 * 16)
+    if rank:
+        lora.add(model, rank)
+    c = config("sft", preset=preset, batch_size=2, max_pixels=28 * 28 * 16, lora=rank)
     ids = torch.randint(0, 900, (2, 16 + 40 + 60))
     ids[:, 3:19] = model.config["image_token_id"]
     labels = ids.clone()
@@ -121,7 +145,7 @@ def test_activations_are_those_that_backward_keeps(preset, monkeypatch):
     run = lambda: model.loss(model.hidden_states(ids, pixels, grid), labels)
     assert 0.9 < plan.activations(model, c, "sft", 1, size=4) / kept(run, model) < 1.15
     model.visual.recompute = model.model.recompute = True
-    layers = [*model.visual.blocks, *model.model.layers]
+    layers = [*(() if rank else model.visual.blocks), *model.model.layers]     # a frozen tower keeps nothing
     hooks = [layer.register_forward_pre_hook(lambda layer, args: calls.append((layer, args))) for layer in layers]
     really = kept(run, model)
     for hook in hooks:

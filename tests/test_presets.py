@@ -76,6 +76,17 @@ def test_dry_run_ends_with_the_plan_and_needs_no_init(capsys):
     assert not ended.value.code and capsys.readouterr().out.startswith("sft, 7b: 8,292,166,656 parameters")
 
 
+def test_a_logger_that_is_not_installed_is_told_with_its_extra(monkeypatch, capsys):
+    monkeypatch.undo()
+    monkeypatch.setattr(presets.importlib.util, "find_spec", lambda name: None)
+    for stage, script in SCRIPTS.items():
+        assert presets.parse(script.Config, stage, ["--preset", "smoke"]).log == "off"
+        with pytest.raises(SystemExit) as ended:
+            presets.parse(script.Config, stage, ["--preset", "smoke", "--log", "wandb"])
+        assert ended.value.code == 2
+        assert '--log wandb: wandb is not installed; pip install -e ".[log]"' in capsys.readouterr().err
+
+
 def test_clip_has_its_own_presets(capsys):
     with pytest.raises(SystemExit) as ended:
         parse("--preset", "7b", stage="clip")

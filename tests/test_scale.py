@@ -9,10 +9,12 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import train_clip
 import train_pretrain
 import train_rl
 import train_sft
 from nanopatho import plan, presets, scale
+from nanopatho.clip import CLIP, clip_loss
 from nanopatho.vlm import PathoVLM
 
 
@@ -51,6 +53,29 @@ def test_pairs_of_tokens_that_see_each_other_counted_one_by_one():
     assert abs(scale.scores(model, text, image) / exact - 1) < 0.03      # the diagonal of the decoder is counted by half
 
 
+def test_patho_clip():
+    """Operations by PyTorch's counter; memory of the whole model on every GPU; hours by hand."""
+    model, rows = CLIP(presets.CLIP["smoke"]), 3
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        clip_loss(model.encode_image(torch.randn(rows, 3, 112, 112)), model.encode_text(torch.tensor([[1] * 47 + [1023]] * 3)),
+                  model.logit_scale).backward()
+    rest = 2 * 2 * rows * 64 * 588 * 64 + 6 * rows * 2 * 64 * 64 + 3 * 2 * 2 * rows * rows * 64     # patches, projections, loss
+    half = 3 * 4 * rows * 64 * 48 ** 2 / 2                               # PyTorch counts a causal square as a whole one
+    assert 3 * scale.forward_clip(model, rows) == pytest.approx(counter.get_total_flops() - rest - half, rel=0.03)
+    with torch.device("meta"):
+        large = CLIP(presets.CLIP["clip-l14"])
+    told = plan.memory(large, scale.settings("clip-l14", given(), 32, "clip"), "clip", 8)
+    n = 427_616_513
+    assert (told["weights"], told["gradients"], told["optimizer"], told["gathered weights"]) == (4 * n, 4 * n, 8 * n, 2 * n)
+    one = scale.stage_plan(large, "clip", "clip-l14", given(), "H100", 8)
+    layers = (23 * 12 + 2) * 1024 ** 2 * 257 + 12 * 12 * 768 ** 2 * 77          # weights x positions, by the published shapes
+    by_hand = 6 * 5_100_000 * layers
+    assert by_hand < one["work"] < 1.06 * by_hand and one["rows"] == 5_100_000 and one["tokens"] == 5_100_000 * (257 + 77)
+    assert one["hours"] == pytest.approx(one["work"] / (8 * 989e12 * 0.4) / 3600)
+    small = scale.stage_plan(large, "clip", "clip-l14", given(), "L4", 1)     # 256 rows do not fit: features computed twice
+    assert small["micro"] < 256 and small["work"] == pytest.approx(one["work"] * (4 + small["recompute"]) / 3)
+
+
 @pytest.mark.parametrize("preset, read", [("7b", 7_070_619_136), ("3b", 3_085_938_688)])
 def test_decoding_reads_weights_and_caches_once(preset, read):
     """Published sizes: Qwen2.5's decoder with its output matrix, which the 3B shares with the embedding."""
@@ -84,7 +109,7 @@ def test_totals_and_hours():
 def test_the_largest_pass_that_fits(stage, card, gpus):
     c, model = given(), meta("3b")
     micro, size, recompute = scale.memory(model, stage, "3b", c, card, gpus)
-    fits = lambda m, r: sum(plan.memory(model, scale.settings("3b", c, m), stage, gpus, r).values()) <= 0.9 * scale.CARDS[card][1]
+    fits = lambda m, r: plan.peak(plan.memory(model, scale.settings("3b", c, m), stage, gpus, r)) <= 0.9 * scale.CARDS[card][1]
     share = 128 if stage == "rl" else 8
     halves = [share >> k for k in range(share.bit_length())]
     assert (micro, recompute) == next(((m, r) for r in (False, True) for m in halves if fits(m, r)), (None, True))
@@ -98,6 +123,8 @@ def test_settings_are_those_of_the_scripts():
         theirs = script.Config()
         for name in ("train", "optimizer", "batch_size", "prompts", "group_size", "kl"):
             assert getattr(theirs, name, getattr(ours, name)) == getattr(ours, name)
+    clip = scale.settings("clip-l14", given(), stage="clip")
+    assert (clip.batch_size, clip.optimizer) == (train_clip.Config().batch_size, train_clip.Config().optimizer)
 
 
 def test_the_page_is_up_to_date_and_the_command_refuses_nonsense(tmp_path, capsys):

@@ -13,7 +13,9 @@ import train_clip
 import train_pretrain
 import train_rl
 import train_sft
-from nanopatho import chat, evaluate, presets
+from data_prep import shards as prep
+from nanopatho import chat, checkpoint, evaluate, presets
+from nanopatho.clip import CLIP
 from nanopatho.data import DataError, read_records
 from nanopatho.log import ConfigError
 from smoke import QUICK, RL, equal, luck, metrics, options, strict, weights
@@ -61,6 +63,88 @@ def test_rl_runs_end_to_end(algo, chain, world, tmp_path):
     assert weights(tmp_path).keys() == weights(chain / "sft").keys()
 
 
+# --- shards, LoRA -----------------------------------------------------------------------------------------------------
+
+
+def packed(world, plain, out):
+    """The training pools of the smoke world as tar shards of seven records, in the pools that the scripts look for."""
+    (plain / "images").symlink_to(world / "images")
+    captions, sft = ([json.loads(line) for line in (world / f"{name}.jsonl").read_text().splitlines()] for name in ("captions", "sft"))
+    pools = {"captions": captions, "morphology": [r for r in captions if r.get("morphology")]}
+    pools |= {f"sft_{level}": [r for r in sft if r["level"] == level] for level in ("easy", "medium", "hard")}
+    for name, rows in pools.items():
+        (plain / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    prep.pack([plain / f"{name}.jsonl" for name in pools], out, 7)
+    return out
+
+
+@pytest.fixture(scope="session")
+def shards(world, tmp_path_factory):
+    return packed(world, tmp_path_factory.mktemp("plain"), tmp_path_factory.mktemp("packed") / "shards")
+
+
+@pytest.fixture(scope="session")
+def clip_start(world, tmp_path_factory):
+    out = tmp_path_factory.mktemp("clip_start")
+    torch.manual_seed(1)
+    CLIP(presets.CLIP["smoke"]).save_pretrained(out)
+    texts = [r["caption"] for r in read_records(world / "captions.jsonl")]
+    chat.clip_tokenizer(texts, presets.CLIP["smoke"]["text_config"]["vocab_size"]).save(str(out / "tokenizer.json"))
+    return out
+
+
+@pytest.mark.parametrize("stage", ["clip", "pretrain"])
+def test_a_batch_of_all_records_is_the_same_from_shards_and_from_files(stage, world, shards, chain, clip_start, tmp_path):
+    """No loss depends on the order inside a batch. SFT draws by level, so its batches differ."""
+    n = len([r for r in read_records(world / "captions.jsonl") if stage == "pretrain" or r.get("morphology")])
+    fields = dict(QUICK, batch_size=n, lr=1e-3, augment="off", eval_items=0)
+    fields |= dict(init=clip_start, steps_morphology=2, steps_all=0) if stage == "clip" else dict(init=chain / "pretrain", steps=2)
+    script, load = (train_clip, CLIP.from_pretrained) if stage == "clip" else (train_pretrain, train_pretrain.PathoVLM.from_pretrained)
+    for name, data in (("files", world), ("shards", shards)):
+        script.main(options(**fields, data=data, out=tmp_path / name, workers=0))
+    one, other, start = (load(folder).state_dict() for folder in (tmp_path / "files", tmp_path / "shards", fields["init"]))
+    assert max((one[k] - other[k]).abs().max() for k in one) < 2e-6 < 1e-3 < max((one[k] - start[k]).abs().max() for k in one)
+
+
+def test_shards_need_init_and_the_pools_of_the_stage(shards, chain, tmp_path):
+    for script in (train_clip, train_pretrain, train_sft):
+        with pytest.raises(ConfigError, match="shards, which are not read in advance .* give --init"):
+            script.main(options(preset="smoke", data=shards, out=tmp_path / "out"))
+    (tmp_path / "index.json").write_text(json.dumps({"format": prep.FORMAT, "pools": {"other": {"shards": []}}}))
+    for script, pool in ((train_clip, "morphology"), (train_pretrain, "captions"), (train_sft, "sft")):
+        with pytest.raises(DataError, match=f"no pool '{pool}', it has other"):
+            script.main(options(preset="smoke", data=tmp_path, init=chain / "pretrain", out=tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
+def test_lora_is_saved_in_the_published_layout(stage, world, chain, tmp_path, monkeypatch):
+    """The weights left behind are W + 2 B A, reckoned in float64 from the start and the last checkpoint; that holds B and A
+    alone. At the first update of RL the model is its own reference: a KL of exactly zero, and above zero later."""
+    script, fields = (train_sft, RESUME["sft, lora"][1]) if stage == "sft" else (train_rl, dict(RESUME["grpo, lora"][1], updates=1))
+    monkeypatch.setattr(train_rl.rewards, "score_answer", luck)
+    kept, finish = {}, checkpoint.finish
+
+    def look(out, *more):
+        kept.update(torch.load(out + "/last/train_state.pt")["adapter"])
+        assert not list((tmp_path / "last").glob("*.safetensors"))
+        finish(out, *more)
+    monkeypatch.setattr(checkpoint, "finish", look)
+    script.main(options(**fields, data=world, init=chain / "pretrain", out=tmp_path))
+    start, found = weights(chain / "pretrain"), weights(tmp_path)
+    assert start.keys() == found.keys() and len(kept) == 2 * 2 * 7       # A and B, two layers, seven matrices in each
+    changed = {name.replace(".lora_a", ".weight") for name in kept if name.endswith(".lora_a")}
+    for name in start:
+        if name in changed:
+            a, b = (kept[name.replace(".weight", x)].double() for x in (".lora_a", ".lora_b"))
+            assert torch.allclose(found[name].double(), start[name].double() + 2 * b @ a, atol=1e-7) and b.any()
+        else:
+            assert torch.equal(found[name], start[name]), name
+    if stage == "grpo":
+        kl = [r["kl"] for r in metrics(tmp_path) if "kl" in r]
+        assert kl[0] == 0 and max(kl) > 1e-6
+
+
 # --- resume: N steps == k steps, a kill, N - k steps ------------------------------------------------------------------
 
 
@@ -69,6 +153,8 @@ RESUME = {
     "sft": (train_sft, dict(QUICK, steps=6, batch_size=4, eval_items=1, eval_samples=1, max_new_tokens=4)),
     "grpo": (train_rl, dict(RL, algo="grpo", steps=6, lr=1e-3, epochs=2)),
     "dapo": (train_rl, dict(RL, algo="dapo", steps=6, lr=1e-3)),
+    "sft, lora": (train_sft, dict(QUICK, steps=6, batch_size=4, eval_items=1, eval_samples=1, max_new_tokens=4, lora=4, lr=1e-2)),
+    "grpo, lora": (train_rl, dict(RL, algo="grpo", steps=6, lr=1e-2, lora=4)),
 }
 
 

@@ -20,7 +20,8 @@ from PIL import Image
 from data_prep import records as prep
 from data_prep import shards
 from nanopatho.data import DataError, augment
-from nanopatho.stream import batches, images_of, source, stream
+from nanopatho.log import ConfigError
+from nanopatho.stream import batches, images_of, shard_pools, source, stream
 
 
 def jpeg(rng, side=24):
@@ -213,6 +214,15 @@ def test_folders_that_cannot_be_used(tmp_path):
         source(tmp_path, "d")
     with pytest.raises(DataError, match="index.json: cannot be used"):
         source(tmp_path / "none", "d")
+    write(tmp_path, "e", 5)
+    with pytest.raises(DataError, match="not one of its 5 records can be used; .*field 'morphology' is missing"):
+        take(1, [source(tmp_path, "e", also=("morphology",))], 2)
+    assert shard_pools(tmp_path, "x") == ["d", "e"] and shard_pools(tmp_path / "none", "") == []
+    with pytest.raises(ConfigError, match="give --init"):
+        shard_pools(tmp_path, "")
+    (tmp_path / "index.json").write_text("[1]")
+    with pytest.raises(DataError, match="index.json: cannot be used"):
+        shard_pools(tmp_path, "x")
 
 
 def test_workers_leave_signals_to_the_one_that_trains(folder):
@@ -228,6 +238,21 @@ def test_workers_leave_signals_to_the_one_that_trains(folder):
         next(generator)
     generator.close()
     assert len(own) >= 2 and not any(os.path.exists(f"/proc/{p}") and stat(p) == os.getpid() for p in own)
+
+
+def fails(folder):
+    flow = stream([source(folder, "a")], 8, workers=2)
+    next(flow)
+    raise KeyError("a fault elsewhere")
+
+
+def test_a_process_that_fails_ends_with_its_workers(folder):
+    """The traceback keeps the stream open, and Python waits for the workers, which leave signals to others."""
+    child = multiprocessing.get_context("fork").Process(target=fails, args=(folder,))
+    child.start()
+    child.join(20)
+    code, _ = child.exitcode, child.kill()
+    assert code == 1
 
 
 def stat(pid):

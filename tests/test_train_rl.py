@@ -406,7 +406,8 @@ def test_each_arm_of_the_ablation_takes_one_ingredient_away():
         whole = settings(f"seed{seed}/dapo")
         assert (whole["init"], whole["seed"], whole["steps"]) == (f"runs/s{seed}/sft", seed, 7)
         for arm, changed in dict(no_clip_higher={"clip_high"}, no_token_mean={"aggregation"}, no_dynamic={"dynamic"},
-                                 no_length={"reward"}, with_kl={"kl"}, grpo={"algo", *train_rl.ALGO["grpo"]}).items():
+                                 no_length={"reward"}, with_kl={"kl"}, grpo={"algo", *train_rl.ALGO["grpo"]},
+                                 claims={"claim_weight"}).items():
             found = settings(f"seed{seed}/{arm}")
             assert {k for k in whole if str(found[k]) != str(whole[k])} == changed | {"out"}, arm
     # what "no_length" pays is DAPO's accuracy alone: the same advantages
@@ -433,7 +434,7 @@ def test_the_table_of_ingredients_by_hand(tmp_path):
     assert gain["gain"] == pytest.approx(0.125) and gain["seeds"] == [0.0, 0.25] and gain["ci"][0] == 0.0 < gain["ci"][1]
     assert study["arms"]["dapo"]["sampled_gain"]["gain"] == 0 and study["arms"]["grpo"]["rollout_tokens"] == [2e6, 2e6]
     head, rule, *rows = ablate.markdown(study).split("\n\n")[0].splitlines()
-    assert len(rows) == 7 and {line.count("|") for line in (head, rule, *rows)} == {10}
+    assert len(rows) == len(ablate.ARMS) and {line.count("|") for line in (head, rule, *rows)} == {10}
     assert rows[3].startswith("| no dynamic sampling | 50.0 | 62.5 | – | +12.5 (+0.0 to +")
     assert rows[3].endswith("| +0.0 +25.0 | 15.0 | 2.00 | 60 |")
 
