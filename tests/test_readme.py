@@ -163,7 +163,7 @@ def test_the_layout_is_the_repositorys():
 
 
 def test_every_option_and_column_exists(capsys):
-    known = {name for s in SCRIPTS.values() for name in s.Config.__dataclass_fields__} | set(prep.FIELDS) | {"help", "dry"}
+    known = {name for s in SCRIPTS.values() for name in s.Config.__dataclass_fields__} | set(prep.FIELDS) | {"help", "dry", "world"}
     for main, argv in ((evaluate.main, ["qa", "--help"]), (prep.main, ["write", "--help"])):
         with pytest.raises(SystemExit):
             main(argv)
@@ -181,7 +181,7 @@ def test_what_is_said_of_the_sizes():
     assert prep.FIELDS["answers"][0] == "text" and prep.PRESETS["small"]["answers"] == "letter"
     assert f"{sum(p.numel() for p in PathoVLM(presets.VLM['tiny']).parameters()) / 1e6:.0f}" == "2"   # "two million weights"
     assert presets.TRAIN["tiny"]["sft"]["train"] == "projector,decoder"                      # "freezes the vision tower"
-    assert len(TEXT.splitlines()) <= 430 and (ROOT / "docs" / "contact_sheet.png").stat().st_size < 900_000
+    assert len(TEXT.splitlines()) <= 440 and (ROOT / "docs" / "contact_sheet.png").stat().st_size < 900_000
 
 
 def test_the_record_is_a_record():
@@ -195,3 +195,13 @@ def test_tables_have_not_drifted():
     figure = ROOT / "docs" / "study.svg"
     assert (figure.read_text(encoding="utf-8") if figure.is_file() else None) == (
         study_figure.draw(found[0]) if found[0] else None), "run `python -m nanopatho.study table`"
+
+
+def test_the_table_of_cards_is_the_dry_runs(capsys):
+    rows = re.findall(r"^\| `train_(\w+)\.py ([^`]+)`[^|]*\| (\d+) \| ([\d.]+) \|$", TEXT, re.M)
+    assert len(rows) > 5
+    for stage, line, world, told in rows:
+        with pytest.raises(SystemExit) as ended:
+            presets.parse(SCRIPTS[stage].Config, stage, [*line.split(), "--dry-run", "--world", world])
+        plain, recomputed = re.search(r"at most +([\d.]+) +([\d.]+)", capsys.readouterr().out).groups()
+        assert not ended.value.code and told == f"{float(plain if 'small' in line else recomputed):.1f}", (line, plain, recomputed)
