@@ -45,7 +45,7 @@ def tasks(preset, data, out, seed=0, ablations=False, threads=0):
     if ablations:
         table |= {
             "bare_sft": (run("train_sft.py", "bare_sft", "--style", "bare", *at("pretrain")), ("pretrain",)),
-            "nopretrain_sft": (run("train_sft.py", "nopretrain_sft", "--train", "vision,projector,decoder"), ()),  # learns to see
+            "nopretrain_sft": (run("train_sft.py", "nopretrain_sft"), ()),
             "nopretrain_dapo": (run("train_rl.py", "nopretrain_dapo", "--algo", "dapo", *at("nopretrain_sft")),
                                 ("nopretrain_sft",)),
             "nosft_grpo": (run("train_rl.py", "nosft_grpo", "--algo", "grpo", *at("pretrain")), ("pretrain",)),
