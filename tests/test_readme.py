@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import data_prep.__main__ as prep
-from nanopatho import evaluate, presets, report, study, study_figure
+from nanopatho import ablate, evaluate, presets, report, study, study_figure
 from nanopatho.data import check_record
 from nanopatho.vlm import PathoVLM
 from smoke import strict
@@ -181,7 +181,7 @@ def test_what_is_said_of_the_sizes():
     assert prep.FIELDS["answers"][0] == "text" and prep.PRESETS["small"]["answers"] == "letter"
     assert f"{sum(p.numel() for p in PathoVLM(presets.VLM['tiny']).parameters()) / 1e6:.0f}" == "2"   # "two million weights"
     assert presets.TRAIN["tiny"]["sft"]["train"] == "projector,decoder"                      # "freezes the vision tower"
-    assert len(TEXT.splitlines()) <= 440 and (ROOT / "docs" / "contact_sheet.png").stat().st_size < 900_000
+    assert len(TEXT.splitlines()) <= 460 and (ROOT / "docs" / "contact_sheet.png").stat().st_size < 900_000
 
 
 def test_the_record_is_a_record():
@@ -205,3 +205,7 @@ def test_the_table_of_cards_is_the_dry_runs(capsys):
             presets.parse(SCRIPTS[stage].Config, stage, [*line.split(), "--dry-run", "--world", world])
         plain, recomputed = re.search(r"at most +([\d.]+) +([\d.]+)", capsys.readouterr().out).groups()
         assert not ended.value.code and told == f"{float(plain if 'small' in line else recomputed):.1f}", (line, plain, recomputed)
+
+
+def test_the_table_of_ingredients_is_the_committed_one():
+    assert ablate.markdown(json.loads((ROOT / "docs" / "ingredients.json").read_text())) in TEXT
