@@ -31,8 +31,9 @@ def reading(folder, option="--init"):
         yield
     except (ValueError, OSError) as error:
         text = str(error) if str(folder) in str(error) else f"{folder}: {error}"
-        if any((Path(folder) / "last").glob("*.safetensors")):       # LoRA leaves an adapter there, no model
-            text += f". The run there has not finished: start it again to finish it, or give {Path(folder) / 'last'}."
+        if (last := Path(folder) / "last").is_dir():
+            whole = any(last.glob("*.safetensors"))                  # LoRA leaves an adapter there, no model
+            text += ". The run there has not finished: start it again to finish it" + f", or give {last}." * whole
         raise ConfigError(f"{option}: {text}") from error
 
 

@@ -228,6 +228,9 @@ def test_tokenizer_of_another_model_and_unfinished_start(chain, world, tmp_path)
         start("sft", chain, data=world, init=tmp_path / "init", out=tmp_path / "out")
     (tmp_path / "init" / "model.safetensors").unlink()
     (tmp_path / "init" / "last").mkdir()
+    with pytest.raises(ConfigError, match="has not finished: start it again to finish it$"):       # of LoRA: no weights there
+        start("sft", chain, data=world, init=tmp_path / "init", out=tmp_path / "out")
+    shutil.copy(chain / "pretrain" / "model.safetensors", tmp_path / "init" / "last")
     with pytest.raises(ConfigError, match="has not finished: start it again to finish it, or give .*init/last"):
         start("sft", chain, data=world, init=tmp_path / "init", out=tmp_path / "out")
 
