@@ -166,7 +166,7 @@ def test_cmyk_works(tmp_path):
     assert array.shape == (56, 56, 3) and np.abs(array.reshape(-1, 3).mean(0) - [255, 0, 0]).max() < 8
 
 
-def test_images_are_kept_up_to_a_limit(tmp_path):
+def test_images_are_kept_up_to_a_limit(tmp_path, monkeypatch):
     for name in "ab":
         Image.fromarray(picture(ord(name))).save(tmp_path / f"{name}.png")
     record = {"image": ["a.png", "b.png"], "_root": str(tmp_path), "_where": ""}
@@ -175,6 +175,9 @@ def test_images_are_kept_up_to_a_limit(tmp_path):
     assert np.array_equal(one, picture(97)) and np.array_equal(two, picture(98))
     again = images(record)
     assert again[0] is one and again[1] is not two and np.array_equal(again[1], two)
+    alone = Images().room                                              # a quarter of what is free, shared by a node's processes
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert alone > 0 and Images().room == pytest.approx(alone / 8, rel=0.2)
     stacked = load_images([{**record, "image": "a.png"}, {**record, "image": "b.png"}])
     assert stacked.shape == (2, 56, 56, 3) and np.array_equal(stacked[1], two)
 
