@@ -1,7 +1,7 @@
 """Chains of thought for SFT, and questions for RL: one request for each record and cell of the grid, then gates.
 
     python -m data_prep write clean/captions.jsonl --out data/cot --teacher http://localhost:8000/v1 --name MODEL \\
-        --total 500000 --max_cost 200 --shard 0/8
+        --total 500000 --max_cost 200 --price_in 1 --price_out 4 --shard 0/8
     python -m data_prep write clean/captions.jsonl --out data/rl --pool rl --total 10000 --teacher … --name MODEL
 
 The grid is the paper's: 5 subfields x 3 levels (short to long reasoning) x 4 tasks. --total spreads requests evenly
@@ -228,6 +228,9 @@ def settings(argv=None):
         raise DataError(f"--shard {c.shard}: write i/n with i from 0 to n - 1")
     if c.teacher != "rules" and not c.name:
         raise DataError("--name: give the model's name at the endpoint (for a replay: that of the recorded run)")
+    if c.max_cost < math.inf and not c.price_in + c.price_out > 0:
+        raise DataError(f"--max_cost {c.max_cost:g} stops nothing without --price_in and --price_out, the prices of a million "
+                        "tokens; give them, or limit --max_requests or --max_total_tokens")
     c.shard, c.tasks = (int(m[1]), int(m[2])), ("mcq",) if c.pool == "rl" else tuple(c.tasks)
     return c
 

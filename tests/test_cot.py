@@ -320,6 +320,8 @@ def test_shards_share_the_work_and_the_budget(serve, tmp_path):
     assert len(found) == 40 and len(set(ids)) == len(ids) == len(server.seen) <= 36
     with pytest.raises(DataError, match="--shard 3/3"):
         cot.main([*argv, "--shard", "3/3"])
+    with pytest.raises(DataError, match="--max_cost 5 stops nothing without --price_in"):
+        cot.main([*argv, "--max_cost", "5"])
 
 
 # --- teachers and prompts ---------------------------------------------------------------------------------------------
