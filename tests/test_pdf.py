@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 pytest.importorskip("pypdfium2", reason="pypdfium2 is not installed (extra `data`)")
-from data_prep import pdf  # noqa: E402
+from data_prep import pdf, pdf_page  # noqa: E402
 from data_prep.records import validate  # noqa: E402
 
 # --- a PDF writer: Helvetica, a Chinese font that needs no file, raw RGB pictures -------------------------------------
@@ -345,7 +345,7 @@ def test_lines_of_tesseract():
     rows = ["4\t1\t1\t1\t1\t0\t100\t200\t300\t40\t-1\t", "5\t1\t1\t1\t1\t1\t100\t200\t120\t40\t96.1\tFigure",
             "5\t1\t1\t1\t1\t2\t240\t210\t60\t30\t91\t3.", "5\t1\t1\t1\t1\t3\t320\t200\t60\t40\t12\t~~",
             "5\t1\t1\t1\t2\t1\t100\t260\t40\t40\t90\t肝", "5\t1\t1\t1\t2\t2\t150\t260\t40\t40\t90\t脏"]
-    first, second = pdf.tsv_lines("\n".join([head, *rows]), 2.0, 10, 800)
+    first, second = pdf_page.tsv_lines("\n".join([head, *rows]), 2.0, 10, 800)
     assert first == {"k": 0, "box": (60, -700, 160, -680), "text": "Figure 3.", "size": 20}
     assert second["text"] == "肝脏"
 
@@ -408,7 +408,7 @@ def test_least_total_distance():
     ("Figure 4", "4"), ("Figure 3 shows the", None), ("图3显示肝", None), ("Figures of speech", None),
     ("Table 1. Figure 2", None)])
 def test_what_begins_like_a_caption(text, label):
-    assert pdf.caption_label(text) == label
+    assert pdf_page.caption_label(text) == label
 
 
 def test_command(tmp_path, capsys):
