@@ -1,4 +1,4 @@
-"""data_prep/filters.py: each gate against cases made for it; planted copies and contamination, counted at the end."""
+"""data_prep/filters.py, copies.py: each gate on cases made for it; planted copies and contamination, counted at last."""
 
 import io
 import json
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep import filters, records
+from data_prep import copies, filters, records
 from nanopatho.data import DataError
 
 SHARED = Path(os.environ.get("NANOPATHO_SHARED", Path(__file__).resolve().parents[2] / "shared")) / "data"
@@ -121,7 +121,7 @@ def test_captions(text, words):
 def test_symmetries_in_frequencies_are_those_of_pixels():
     """Coefficients against a cosine sum written out, and under the 8 symmetries against turning the picture itself."""
     image = np.random.default_rng(0).random((32, 32))
-    transform = lambda a: filters.BASES[:6] @ a @ filters.BASES[:6].T
+    transform = lambda a: copies.BASES[:6] @ a @ copies.BASES[:6].T
     at = (np.arange(32) + 0.5) / 32
     for v, u in ((0, 1), (2, 3), (5, 5)):
         want = (image * np.cos(np.pi * v * at)[:, None] * np.cos(np.pi * u * at)).sum()
@@ -129,7 +129,7 @@ def test_symmetries_in_frequencies_are_those_of_pixels():
     for s in range(8):
         turned = np.rot90(image, s % 4)
         turned = turned[:, ::-1] if s >= 4 else turned
-        assert np.allclose(filters.turned(transform(image), s), transform(turned), atol=1e-4)
+        assert np.allclose(copies.turned(transform(image), s), transform(turned), atol=1e-4)
 
 
 def test_a_window_is_the_crop():
@@ -137,22 +137,27 @@ def test_a_window_is_the_crop():
     y, x = np.mgrid[:448, :448] / 448
     image = Image.fromarray((128 + 60 * np.sin(7 * x + 2 * y) + 50 * np.cos(5 * y - 3 * x)).astype(np.uint8))
     start, size = 3 / 28, 22 / 28
-    window = filters.basis(start, size)
+    window = copies.basis(start, size)
     edge = (round(448 * start), round(448 * (start + size)))
-    crop = filters.thumbnail(image.crop((edge[0], edge[0], edge[1], edge[1]))).astype(float)
-    a = filters.unit((window @ filters.thumbnail(image) @ window.T).reshape(-1))
-    b = filters.unit((filters.BASES[:6] @ crop @ filters.BASES[:6].T).reshape(-1))
+    crop = copies.thumbnail(image.crop((edge[0], edge[0], edge[1], edge[1]))).astype(float)
+    a = copies.unit((window @ copies.thumbnail(image) @ window.T).reshape(-1))
+    b = copies.unit((copies.BASES[:6] @ crop @ copies.BASES[:6].T).reshape(-1))
     assert a @ b > 0.999
+
+
+def test_plain_pictures_are_nobodys_copy():
+    thumbs, alive = np.full((9, 32, 32), 99, np.uint8), np.ones(9, bool)
+    assert list(copies.pairs(copies.build_index(thumbs, alive), thumbs, alive)) == []
 
 
 @real
 def test_copies_of_real_tiles():
     """218 tiles of breast, each with a copy: 99 % found, and no pair of different tiles taken for copies."""
     rng, tiles = np.random.default_rng(0), [Image.open(p).convert("RGB") for p in sorted((SHARED / "bcss").glob("*/*"))]
-    thumbs = np.stack([filters.thumbnail(t) for t in tiles] + [filters.thumbnail(edited(t, rng)) for t in tiles])
+    thumbs = np.stack([copies.thumbnail(t) for t in tiles] + [copies.thumbnail(edited(t, rng)) for t in tiles])
     found = set()
-    for i, j, _ in filters.pairs(filters.build_index(thumbs, np.ones(len(thumbs), bool)), thumbs,
-                                 np.ones(len(thumbs), bool)):
+    for i, j, _ in copies.pairs(copies.build_index(thumbs, np.ones(len(thumbs), bool)), thumbs,
+                                np.ones(len(thumbs), bool)):
         found |= {(min(i, j), max(i, j))} if i != j else set()
     true = {(i, i + len(tiles)) for i in range(len(tiles))}
     print(f"{len(found & true)} of {len(true)} copies found, {len(found - true)} false pairs")
@@ -164,7 +169,7 @@ def test_copies_of_real_tiles():
 
 def test_known_texts():
     base = "Sections show nests of pleomorphic tumour cells within a desmoplastic stroma and focal necrosis."
-    known = filters.Texts([base, "What is present?", "Is this a section of normal liver or of kidney?"])
+    known = copies.Texts([base, "What is present?", "Is this a section of normal liver or of kidney?"])
     assert known.find("FIG 1 - " + base.upper().replace(" ", "; "))
     assert known.find("Then nests of pleomorphic tumour cells within a desmoplastic stroma, focal calcification")
     assert known.find("is this a section of NORMAL liver, or of kidney") and not known.find("What is present?")
@@ -177,12 +182,12 @@ def test_texts_on_real_captions():
     dropped."""
     rows = [json.loads(line) for line in open(SHARED / "text" / "pathgen_captions_1000.jsonl", encoding="utf-8")]
     slides = {r["wsi_id"] for r in rows[:200]}
-    known, rng = filters.Texts([r["caption"] for r in rows[:200]]), random.Random(0)
-    copies = [bool(known.find(reworded(r["caption"], rng))) for r in rows[:200]]
+    known, rng = copies.Texts([r["caption"] for r in rows[:200]]), random.Random(0)
+    again = [bool(known.find(reworded(r["caption"], rng))) for r in rows[:200]]
     others = [r["caption"] for r in rows[200:] if r["wsi_id"] not in slides]
     false = [t for t in others if known.find(t)]
-    print(f"{sum(copies)} of 200 found, {len(false)} of {len(others)} others dropped")
-    assert sum(copies) >= 198 and not false
+    print(f"{sum(again)} of 200 found, {len(false)} of {len(others)} others dropped")
+    assert sum(again) >= 198 and not false
 
 
 def test_ids():
