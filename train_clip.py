@@ -18,6 +18,7 @@ What the paper leaves open, and departures:
 """
 import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")                  # spinning threads are 10x slower on shared cores
+import itertools
 import math
 import re
 from dataclasses import dataclass, field
@@ -34,7 +35,7 @@ from nanopatho.evaluate import read_lexicon
 from nanopatho.evaluate_clip import evaluate_pool, read_prompts, text_of
 from nanopatho.image import clip_pixels
 from nanopatho.optim import Optimizers
-from nanopatho.stream import agreed, images_of, shard_pools, source, stream
+from nanopatho.stream import agreed, ahead, images_of, shard_pools, source, stream
 from nanopatho.log import Run, check_finite, flops, speed, write_json
 
 
@@ -70,7 +71,7 @@ class Config:
     recompute: bool = say(False, "keep only each block's inputs for the backward pass: less memory, a third more work")
     compile: bool = say(False, "torch.compile for each block")
     max_skipped: int = say(0, "steps with a loss or gradient that is not finite, passed over before the run stops")
-    workers: int = say(4, "processes that open the images of shards ahead of the GPU, 0 = none")
+    workers: int = say(4, "processes that open images and make batches ahead of the GPU, 0 = none")
     max_damaged: int = say(100, "records of shards that cannot be used, passed over before the run stops")
     log: str = say("off", "also log to tensorboard or wandb", choices=("off", "tensorboard", "wandb"), extra="log")
     profile: int = say(0, "steps to trace into trace.json, after three to warm up")
@@ -132,7 +133,7 @@ def main(argv=None):
     total = c.steps_morphology + c.steps_all
 
     # ------------------------------------------------------------------------------------------------ data
-    streamed, images = shard_pools(c.data, c.init), Images()         # tar shards: read while training, nanopatho/stream.py
+    streamed, images = shard_pools(c.data, c.init), Images(workers=c.workers)       # tar shards: read while training, nanopatho/stream.py
     if streamed:                                                     # step 1 reads the first pool, step 2 both
         sources = [source(c.data, "morphology", also=("morphology",))] * (c.steps_morphology > 0) + [source(c.data, "captions")]
         sizes = [s["records"] for s in sources]
@@ -183,24 +184,43 @@ def main(argv=None):
     optimizer = Optimizers(model, c.lr, c.weight_decay, c.optimizer, betas=(0.9, 0.98), eps=1e-6)  # OpenAI's values
     state = checkpoint.resume(c.out, model, optimizer) or {}
     first, skipped, position = state.get("step", 0), state.get("skipped", []), state.get("stream")
+
+    def prepare(rows, step):
+        """-> records without pictures (of this process's pairs, if streamed), the pixels of its micro-batches, and what draws
+        on. Worker processes call it, ahead of the GPU. Every process draws for the whole batch, so that a pair looks the
+        same whoever encodes it, but opens its own only."""
+        rng, pictures = np.random.default_rng([c.seed, 2, step]), [NOTHING] * c.batch_size
+        if streamed:                                                 # turned where they were read
+            pictures[mine] = [images_of(r)[0] for r in rows]
+        else:
+            rows = [pools[step >= c.steps_morphology][i] for i in rows]
+            pictures[mine] = [images(r)[0] for r in rows[mine]]
+            if c.augment:
+                pictures = [augment(p, rng) for p in pictures]
+        if c.stain:
+            pictures = [restain(p, c.stain, rng) for p in pictures]
+        pixels = [clip_pixels(part, size) for part in distributed.pieces(pictures[mine], c.micro_batch)]
+        return [{k: v for k, v in r.items() if k != "_images"} for r in rows], pixels, rng
+
     if streamed:
-        order = stream(sources, c.batch_size, mine=mine, seed=c.seed, workers=c.workers, turn=c.augment,
-                       max_damaged=c.max_damaged, weights=lambda step: sizes if step >= c.steps_morphology else (1, 0),
-                       state=position)
-    for step in range(0 if streamed else first):                     # replay the order: cheaper than storing it
-        next(orders[step >= c.steps_morphology])
+        batches_of = stream(sources, c.batch_size, mine=mine, seed=c.seed, workers=c.workers, turn=c.augment, make=prepare,
+                            max_damaged=c.max_damaged, weights=lambda step: sizes if step >= c.steps_morphology else (1, 0),
+                            state=position)
+    else:                                                            # a run that goes on draws again what is behind it
+        jobs = ((next(orders[step >= c.steps_morphology]), step) for step in range(total))
+        batches_of = ((made, None) for made in ahead(prepare, itertools.islice(jobs, first, None), c.workers))
     run = Run(c.out, c, total, "clip", first, c.profile)
     if rank == 0:
         tokenizer.save(f"{c.out}/tokenizer.json")
 
-    def encode(pictures, texts):
+    def encode(pixels, texts):
         """-> image and text features (b, E) each, tokens. Equal texts are encoded once, and the batch is cut to its longest
         text: both change nothing but the time."""
         unique = {text: i for i, text in enumerate(dict.fromkeys(texts))}
         ids = clip_ids(tokenizer, list(unique), context)                      # (unique texts, T)
         ids = ids[:, :int(ids.argmax(1).max()) + 1].to(device)                # the end token has the highest id
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
-            image_features = model.encode_image(clip_pixels(pictures, size).to(device))    # (b, E)
+            image_features = model.encode_image(pixels.to(device, non_blocking=True))      # (b, E)
             text_features = model.encode_text(ids)[[unique[t] for t in texts]]             # (b, E)
         return image_features, text_features, ids.numel()
 
@@ -208,21 +228,10 @@ def main(argv=None):
     for step in range(first, total):
         lr = c.lr * min((step + 1) / max(1, c.warmup), 0.5 * (1 + math.cos(math.pi * step / total)))
         joint = step >= c.steps_morphology
-        rng, pictures = np.random.default_rng([c.seed, 2, step]), [NOTHING] * c.batch_size
-        # Every process draws for the whole batch, so that a pair looks the same whoever encodes it, but opens its own only.
-        if streamed:                                                 # turned where they were read; the texts of all are needed
-            own, position = next(order)
-            pictures[mine] = [images_of(r)[0] for r in own]
-            rows = distributed.everyone([{k: v for k, v in r.items() if k != "_images"} for r in own])
-        else:
-            rows = [pools[joint][i] for i in next(orders[joint])]
-            pictures[mine] = [images(r)[0] for r in rows[mine]]
-            if c.augment:
-                pictures = [augment(p, rng) for p in pictures]
-        if c.stain:
-            pictures = [restain(p, c.stain, rng) for p in pictures]
+        (rows, pixels, rng), position = next(batches_of)
+        rows = distributed.everyone(rows) if streamed else rows      # the texts of all processes are needed
         texts, also_true = draw_texts(rows, joint, c.partial, rng)            # also_true (B, B)
-        parts = list(zip(distributed.pieces(pictures[mine], c.micro_batch), distributed.pieces(texts[mine], c.micro_batch)))
+        parts = list(zip(pixels, distributed.pieces(texts[mine], c.micro_batch)))
 
         # 1. The features of this process's pairs; of several micro-batches without a graph, which is made again in step 3.
         with torch.set_grad_enabled(len(parts) == 1):
@@ -264,7 +273,7 @@ def main(argv=None):
     # ------------------------------------------------------------------------------------------------ evaluate, save
     seconds = run.seconds()
     run.close()
-    order = None                                                     # ends the workers of a stream
+    batches_of = None                                                # ends the workers of a stream
     distributed.leave()
     if rank:                                                         # the first process alone goes on
         return

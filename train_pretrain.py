@@ -10,6 +10,7 @@ Departures from the paper, which publishes no hyper-parameters for this stage:
 """
 import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")                  # spinning threads are 10x slower on shared cores
+import itertools
 import math
 from dataclasses import dataclass, field
 
@@ -22,7 +23,7 @@ from nanopatho.data import Images, caption_row, check_images, pack_rows, questio
 from nanopatho.evaluate import caption_claims, check_facts, read_lexicon
 from nanopatho.log import Run, check_finite, speed, vlm_flops, write_json
 from nanopatho.optim import Optimizers, lr_factors
-from nanopatho.stream import agreed, images_of, shard_pools, source, stream
+from nanopatho.stream import agreed, ahead, images_of, shard_pools, source, stream
 from nanopatho.vlm import PathoVLM, trainable
 
 
@@ -58,7 +59,7 @@ class Config:
     offload: bool = say(False, "on GPUs: weights, gradients and moments stay in host memory")
     compile: bool = say(False, "torch.compile for each block")
     max_skipped: int = say(0, "steps with a loss or gradient that is not finite, passed over before the run stops")
-    workers: int = say(4, "processes that open the images of shards ahead of the GPU, 0 = none")
+    workers: int = say(4, "processes that open images and make batches ahead of the GPU, 0 = none")
     max_damaged: int = say(100, "records of shards that cannot be used, passed over before the run stops")
     log: str = say("off", "also log to tensorboard or wandb", choices=("off", "tensorboard", "wandb"), extra="log")
     profile: int = say(0, "steps to trace into trace.json, after three to warm up")
@@ -86,7 +87,7 @@ def main(argv=None):
     if os.path.isfile(f"{c.data}/test.jsonl"):                       # a fault there must not wait for the end
         held_out = read_records(f"{c.data}/test.jsonl")[:c.eval_items]
         check_images(held_out), check_facts(held_out, read_lexicon(c.data))
-    images = images_of if streamed else Images()
+    images = images_of if streamed else Images(workers=c.workers)
 
     # ------------------------------------------------------------------------------------------------ model
     if c.init:
@@ -113,30 +114,34 @@ def main(argv=None):
     optimizer = Optimizers(model, c.lr, c.weight_decay, c.optimizer, factors=lr_factors(c.lr, c.vision_lr, c.projector_lr))
     state = checkpoint.resume(c.out, model, optimizer) or {}
     first, skipped, position = state.get("step", 0), state.get("skipped", []), state.get("stream")
+
+    def prepare(rows, draw):
+        """-> this process's records without pictures, and its micro-batches. Worker processes call it, ahead of the GPU."""
+        turn = None
+        if not streamed:                                             # from shards: its own rows alone, turned already
+            rows = [records[i] for i in rows]
+            if c.augment:
+                turn = np.random.default_rng(draw)
+                distributed.skip_augmentation(rows[:mine.start], turn)
+            rows = rows[mine]
+        parts = distributed.pieces([caption_row(r) for r in rows], 1 if c.pack else c.micro_batch)
+        return [{k: v for k, v in r.items() if k != "_images"} for r in rows], [
+            vlm_batch(part, tokenizer, model.config, images=images, rng=turn, max_pixels=c.max_pixels) for part in parts]
+
     if streamed:
-        order = stream([shards], c.batch_size, mine=mine, seed=c.seed, workers=c.workers, turn=c.augment,
-                       max_damaged=c.max_damaged, state=position)
-    else:
+        batches_of = stream([shards], c.batch_size, mine=mine, seed=c.seed, workers=c.workers, turn=c.augment,
+                            make=prepare, max_damaged=c.max_damaged, state=position)
+    else:                                                            # a run that goes on draws again what is behind it
         order = shuffled(len(records), c.batch_size, rng)
-        for _ in range(first):                                       # replay the order: cheaper than storing it
-            next(order), rng.integers(1 << 62)
+        jobs = ((next(order), rng.integers(1 << 62)) for _ in range(c.steps))
+        batches_of = ((made, None) for made in ahead(prepare, itertools.islice(jobs, first, None), c.workers))
     run = Run(c.out, c, c.steps, "pretrain", first, c.profile)
 
     # ------------------------------------------------------------------------------------------------ loop
     for step in range(first, c.steps):
         lr = c.lr * min((step + 1) / max(1, c.warmup),
                         0.1 + 0.45 * (1 + math.cos(math.pi * step / c.steps)))
-        if streamed:                                                 # this process's rows alone, turned where they were read
-            rows, position = next(order)
-            rows, turn = [caption_row(r) for r in rows], None
-        else:
-            rows = [caption_row(records[i]) for i in next(order)]
-            turn = np.random.default_rng(rng.integers(1 << 62))      # one draw a step, so that resuming can replay it
-            if c.augment:
-                distributed.skip_augmentation([r for r, _, _ in rows[:mine.start]], turn)
-            rows = rows[mine]
-        batches = [vlm_batch(part, tokenizer, model.config, images=images, rng=turn if c.augment else None,
-                             max_pixels=c.max_pixels) for part in distributed.pieces(rows, 1 if c.pack else c.micro_batch)]
+        (rows, batches), position = next(batches_of)
         # One divisor for the whole batch: the parts of all micro-batches and processes add up to exactly one mean.
         if c.pack:
             batches = pack_rows(batches, c.pack, lambda rows: max(distributed.everyone([rows])))
@@ -148,7 +153,7 @@ def main(argv=None):
             loss += part.detach()
         norm = distributed.clip_gradients(parameters, c.clip_norm)
         loss, norm = distributed.read(loss, norm)
-        if check_finite(step, [r for r, _, _ in rows], skipped, c.max_skipped, loss=loss, grad_norm=norm):
+        if check_finite(step, rows, skipped, c.max_skipped, loss=loss, grad_norm=norm):
             optimizer.step(lr)
             numbers = dict(loss=loss, grad_norm=norm)
         else:
@@ -166,7 +171,7 @@ def main(argv=None):
     # ------------------------------------------------------------------------------------------------ evaluate, save
     seconds = run.seconds()
     run.close()
-    del optimizer, parameters, order
+    del optimizer, parameters, batches_of
     model = distributed.whole(model)                                 # on the first process, which alone goes on
     distributed.leave()
     if rank:

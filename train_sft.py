@@ -12,6 +12,7 @@ Departures from the paper, which publishes the grid (5 subfields x 3 levels x 4 
 import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")                  # spinning threads are 10x slower on shared cores
 import functools
+import itertools
 import math
 import re
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ from nanopatho.data import CHOICES, Images, check_images, check_pools, curriculu
 from nanopatho.evaluate import check_facts, evaluate, read_lexicon, show_samples
 from nanopatho.log import Run, check_finite, speed, vlm_flops, write_json
 from nanopatho.optim import Optimizers, lr_factors
-from nanopatho.stream import agreed, images_of, shard_pools, source, stream
+from nanopatho.stream import agreed, ahead, images_of, shard_pools, source, stream
 from nanopatho.vlm import PathoVLM, trainable
 
 START, END = map(np.array, curriculum.__defaults__)                  # shares of easy, medium, hard at first and at last
@@ -69,7 +70,7 @@ class Config:
     offload: bool = say(False, "on GPUs: weights, gradients and moments stay in host memory")
     compile: bool = say(False, "torch.compile for each block")
     max_skipped: int = say(0, "steps with a loss or gradient that is not finite, passed over before the run stops")
-    workers: int = say(4, "processes that open the images of shards ahead of the GPU, 0 = none")
+    workers: int = say(4, "processes that open images and make batches ahead of the GPU, 0 = none")
     max_damaged: int = say(100, "records of shards that cannot be used, passed over before the run stops")
     log: str = say("off", "also log to tensorboard or wandb", choices=("off", "tensorboard", "wandb"), extra="log")
     profile: int = say(0, "steps to trace into trace.json, after three to warm up")
@@ -106,7 +107,7 @@ def main(argv=None):
     pools = check_pools(c.data)
     for pool in pools:
         check_facts(read_records(f"{c.data}/{pool}.jsonl"), read_lexicon(c.data))
-    images = images_of if streamed else Images()
+    images = images_of if streamed else Images(workers=c.workers)
 
     # ------------------------------------------------------------------------------------------------ model
     dtype = torch.bfloat16 if c.lora and device.type == "cuda" else torch.float32     # what LoRA freezes needs no fp32
@@ -129,29 +130,34 @@ def main(argv=None):
     optimizer = Optimizers(model, c.lr, c.weight_decay, c.optimizer, factors=lr_factors(c.lr, c.vision_lr, c.projector_lr))
     state = checkpoint.resume(c.out, model, optimizer) or {}
     first, skipped, position = state.get("step", 0), state.get("skipped", []), state.get("stream")
+
+    def prepare(rows, step):
+        """-> this process's records without pictures, and its micro-batches. Worker processes call it, ahead of the GPU."""
+        turn = None
+        if not streamed:                                             # from shards: its own rows alone, turned already
+            rows = [records[i] for i in rows]
+            if c.augment:
+                turn = np.random.default_rng([c.seed, step])         # by step, so that resuming needs no replay
+                distributed.skip_augmentation(rows[:mine.start], turn)
+            rows = rows[mine]
+        parts = distributed.pieces([conversation(r, c.style) for r in rows], 1 if c.pack else c.micro_batch)
+        return [{k: v for k, v in r.items() if k != "_images"} for r in rows], [
+            vlm_batch(part, tokenizer, model.config, images=images, rng=turn, max_pixels=c.max_pixels) for part in parts]
+
     if streamed:
         moving = lambda step: (START + (END - START) * step / max(1, c.steps - 1))[levels or [0]]
-        order = stream(shards, c.batch_size, mine=mine, use="sft", seed=c.seed, workers=c.workers, turn=c.augment,
-                       max_damaged=c.max_damaged, weights=moving, state=position)
+        batches_of = stream(shards, c.batch_size, mine=mine, use="sft", seed=c.seed, workers=c.workers, turn=c.augment,
+                            make=prepare, max_damaged=c.max_damaged, weights=moving, state=position)
     else:
-        order = list(curriculum(records, c.steps, c.batch_size, rng))
+        jobs = zip(curriculum(records, c.steps, c.batch_size, rng), range(c.steps))
+        batches_of = ((made, None) for made in ahead(prepare, itertools.islice(jobs, first, None), c.workers))
     run = Run(c.out, c, c.steps, "sft", first, c.profile)
 
     # ------------------------------------------------------------------------------------------------ loop
     for step in range(first, c.steps):
         lr = c.lr * min((step + 1) / max(1, c.warmup),
                         0.1 + 0.45 * (1 + math.cos(math.pi * step / c.steps)))
-        if streamed:                                                 # this process's rows alone, turned where they were read
-            rows, position = next(order)
-            rows, turn = [conversation(r, c.style) for r in rows], None
-        else:
-            rows = [conversation(records[i], c.style) for i in order[step]]
-            turn = np.random.default_rng([c.seed, step])             # by step, so that resuming needs no replay
-            if c.augment:
-                distributed.skip_augmentation([r for r, _, _ in rows[:mine.start]], turn)
-            rows = rows[mine]
-        batches = [vlm_batch(part, tokenizer, model.config, images=images, rng=turn if c.augment else None,
-                             max_pixels=c.max_pixels) for part in distributed.pieces(rows, 1 if c.pack else c.micro_batch)]
+        (rows, batches), position = next(batches_of)
         if step == 0:                                                # assistant tokens and their <|im_end|> only
             run.text("trained", trained_tokens(tokenizer, batches[0]["input_ids"][0], batches[0]["labels"][0]))
         # One divisor for the whole batch: the parts of all micro-batches and processes add up to exactly one mean.
@@ -165,14 +171,14 @@ def main(argv=None):
             loss += part.detach()
         norm = distributed.clip_gradients(parameters, c.clip_norm)
         loss, norm = distributed.read(loss, norm)
-        if check_finite(step, [r for r, _, _ in rows], skipped, c.max_skipped, loss=loss, grad_norm=norm):
+        if check_finite(step, rows, skipped, c.max_skipped, loss=loss, grad_norm=norm):
             optimizer.step(lr)
             numbers = dict(loss=loss, grad_norm=norm)
         else:
             optimizer.zero_grad()
             numbers = dict(skipped=len(skipped))
         note = speed(run.lap(), seen, vlm_flops(model, tokens, seen, patches), world)
-        hard = distributed.total(sum(r.get("level") == "hard" for r, _, _ in rows)) / c.batch_size
+        hard = distributed.total(sum(r.get("level") == "hard" for r in rows)) / c.batch_size
         run.step(step, note=note, **numbers, lr=lr, hard=hard, tokens=tokens)
         stopped = distributed.asked_to_stop()
         if stopped or (c.save_every and (step + 1) % c.save_every == 0) or step + 1 == c.steps:
@@ -184,7 +190,7 @@ def main(argv=None):
     # ------------------------------------------------------------------------------------------------ evaluate, save
     seconds = run.seconds()
     run.close()
-    del optimizer, parameters, order
+    del optimizer, parameters, batches_of
     model = distributed.whole(model)                                 # on the first process, which alone goes on
     distributed.leave()
     if rank:

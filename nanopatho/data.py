@@ -156,14 +156,14 @@ def check_pools(data):
 
 class Images:
     """Decoded images by path, kept in memory up to `keep_bytes`; None: a quarter of what is free, shared out over this
-    machine's processes. The tiny world: 16,000 x 112 x 112 x 3 = 0.6 GB; a 224-pixel JPEG costs half of a row's batch
-    making to decode (0.63 of 1.35 ms)."""
+    machine's processes, of which each has `workers`. The tiny world: 16,000 x 112 x 112 x 3 = 0.6 GB; most of the time in
+    which a batch is made goes into decoding (0.45 of 0.8 ms for a picture of 224 pixels)."""
 
-    def __init__(self, keep_bytes=None):
+    def __init__(self, keep_bytes=None, workers=1):
         if keep_bytes is None:
             known = "SC_AVPHYS_PAGES" in os.sysconf_names                # not on a Mac
             free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else 4 << 30
-            keep_bytes = free // 4 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+            keep_bytes = free // 4 // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) // max(1, workers)
         self.kept, self.room = {}, keep_bytes
 
     def __call__(self, record):
@@ -211,7 +211,7 @@ def vlm_batch(rows, tokenizer, config, *, images, rng=None, min_pixels=3136, max
     rows: list of (record, messages, kind); kind "text" renders messages as raw text (stage 1), "chat" with the template,
     "prompt" with the template and an open assistant turn (sampling, left-padded so that all prompts end together).
     rng: numpy Generator for augmentation, None = none. Returns dict: input_ids (B, T) long, labels (B, T) long (-100 = not
-    trained), attention_mask (B, T) long, pixel_values (P, 1176) fp32 or None, image_grid_thw (N, 3) long or None.
+    trained), attention_mask (B, T) long, pixel_values (P, 588) uint8 or None, image_grid_thw (N, 3) long or None.
     """
     arrays, counts = [], []
     for record, _, _ in rows:
@@ -220,7 +220,7 @@ def vlm_batch(rows, tokenizer, config, *, images, rng=None, min_pixels=3136, max
             found = [augment(a, rng) for a in found]
         arrays += found
         counts.append(len(found))
-    pixels, grid = qwen_pixels(arrays, min_pixels=min_pixels, max_pixels=max_pixels) if arrays else (None, None)
+    pixels, grid = qwen_pixels(arrays, min_pixels, max_pixels, raw=True) if arrays else (None, None)
     per_image = image_tokens(grid, config["vision_config"]["spatial_merge_size"]) if arrays else []
     sequences, at = [], 0
     for (record, messages, kind), n in zip(rows, counts):

@@ -125,28 +125,36 @@ def pixel_limits(folder: str | Path) -> tuple[int, int]:
 
 
 def patchify(images: np.ndarray) -> np.ndarray:
-    """(N, H, W, 3) uint8, H and W multiples of 28 -> (N * G_h * G_w, 3 * 2 * 14 * 14) float32, normalised.
+    """(N, H, W, 3) uint8, H and W multiples of 28 -> (N * G_h * G_w, 3 * 14 * 14) uint8, one row is (channel, y, x).
 
-    The four patches of a merged cell are neighbours in the list; one row is (channel, frame, y, x).
+    The four patches of a merged cell are neighbours in the list.
     """
     N, H, W, _ = images.shape
     side = PATCH * MERGE
     x = images.reshape(N, H // side, MERGE, PATCH, W // side, MERGE, PATCH, 3)
-    x = x.transpose(0, 1, 4, 2, 5, 7, 3, 6)  # (N, G_h/2, G_w/2, 2, 2, 3, 14, 14); moved while still one byte a value
-    x = np.ascontiguousarray(x).reshape(-1, 3, 1, PATCH * PATCH)
-    out = np.empty((len(x), 3, FRAMES, PATCH * PATCH), np.float32)
-    np.multiply(x, SCALE[:, None, None], out=out)
-    out += SHIFT[:, None, None]
-    return out.reshape(len(x), -1)
+    x = x.transpose(0, 1, 4, 2, 5, 7, 3, 6)  # (N, G_h/2, G_w/2, 2, 2, 3, 14, 14)
+    return np.ascontiguousarray(x).reshape(-1, 3 * PATCH * PATCH)
 
 
-def qwen_pixels(images, min_pixels: int = 3136, max_pixels: int = 12_845_056) -> tuple[Tensor, Tensor]:
+def normalised(patches: Tensor) -> Tensor:
+    """(P, 3 * 14 * 14) uint8 -> (P, 3 * 2 * 14 * 14) float32, the published pixel_values: rows are (channel, frame, y, x).
+
+    The vision tower calls it, so that pictures travel as bytes, an eighth of the size, and grow on the device.
+    """
+    x = patches.view(len(patches), 3, 1, -1).expand(-1, -1, FRAMES, -1)  # (P, 3, 2, 196)
+    out = x.new_empty(x.shape, dtype=torch.float32)
+    for channel in range(3):  # plain numbers: a tensor of them would have to be sent to the device
+        torch.mul(x[:, channel], float(SCALE[channel]), out=out[:, channel]).add_(float(SHIFT[channel]))
+    return out.view(len(patches), -1)
+
+
+def qwen_pixels(images, min_pixels: int = 3136, max_pixels: int = 12_845_056, raw: bool = False) -> tuple[Tensor, Tensor]:
     """Images -> pixel_values (P, 1176) float32 and image_grid_thw (N, 3) long, rows (1, G_h, G_w) in patches.
 
     images: one or a sequence of PIL images or uint8 (H, W, 3) arrays, or one uint8 (N, H, W, 3) array. An image of grid
     (1, h, w) becomes h * w / 4 tokens of the prompt. The limits belong to the model: read them from its
     preprocessor_config.json. Equals the reference processor (PIL backend) to 5e-7 before rounding; EXIF is not applied
-    here, open_image has done it.
+    here, open_image has done it. raw: the patches as bytes, (P, 588) uint8, which PathoVLM takes as well.
     """
     if isinstance(images, Image.Image) or isinstance(images, np.ndarray) and images.ndim == 3:
         images = [images]
@@ -160,7 +168,8 @@ def qwen_pixels(images, min_pixels: int = 3136, max_pixels: int = 12_845_056) ->
     else:
         pixels = np.concatenate([patchify(a[None]) for a in arrays])
     grid = [(1, a.shape[0] // PATCH, a.shape[1] // PATCH) for a in arrays]
-    return torch.from_numpy(pixels), torch.tensor(grid)
+    pixels = torch.from_numpy(pixels)
+    return pixels if raw else normalised(pixels), torch.tensor(grid)
 
 
 def _uint8_rgb(array: np.ndarray) -> np.ndarray:

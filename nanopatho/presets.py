@@ -79,9 +79,9 @@ CLIP = {
 _smoke_common = dict(save_every=0, threads=1)
 TRAIN = {
     "smoke": {
-        "clip": dict(_smoke_common, batch_size=16, steps_morphology=2, steps_all=2, lr=1e-3),
-        "pretrain": dict(_smoke_common, batch_size=8, steps=3, lr=1e-3, warmup=1),
-        "sft": dict(_smoke_common, batch_size=8, steps=3, lr=1e-3, warmup=1, eval_samples=2, eval_items=8),
+        "clip": dict(_smoke_common, workers=0, batch_size=16, steps_morphology=2, steps_all=2, lr=1e-3),
+        "pretrain": dict(_smoke_common, workers=0, batch_size=8, steps=3, lr=1e-3, warmup=1),
+        "sft": dict(_smoke_common, workers=0, batch_size=8, steps=3, lr=1e-3, warmup=1, eval_samples=2, eval_items=8),
         "rl": dict(_smoke_common, prompts=2, steps=2, lr=1e-4, warmup=1, max_new_tokens=16, eval_samples=2,
                    eval_items=8, max_rounds=2),
     },

@@ -118,8 +118,8 @@ def agreed(state):
     return state and {**state, "damaged": [*dict.fromkeys(everyone(state["damaged"]))]}
 
 
-class Shards(Dataset):
-    """[(source, record number)] -> what a worker makes of them. At most two windows of shards a source are open."""
+class Shards:
+    """[(source, record number)] -> records, as a worker reads them. At most two windows of shards a source are open."""
 
     def __init__(self, sources, use, seed, window, turn, make):
         self.sources, self.use, self.seed, self.window, self.turn, self.make = sources, use, seed, window, turn, make
@@ -190,14 +190,15 @@ class Shards(Dataset):
                 problems.append(f"{path}: {ids[i]}: {why}")
         raise DataError(f"{path}: not one of its {len(ids)} records can be used; {problems[-1]}")
 
-    def __getitem__(self, rows):
+    def batch(self, rows, number):
+        """-> what `make` makes of the records, or the records and their pictures; what was wrong with others."""
         problems = []
-        records = [self.sound(k, number, problems) for k, number in rows]
-        for r, (k, number) in zip(records, rows if self.turn else []):   # by its number, so alike on every process
-            rng = np.random.default_rng([self.seed, k, number])
+        records = [self.sound(k, n, problems) for k, n in rows]
+        for r, (k, n) in zip(records, rows if self.turn else []):        # by its number, so alike on every process
+            rng = np.random.default_rng([self.seed, k, n])
             r["_images"] = [augment(a, rng) for a in r["_images"]]
         if self.make:
-            return self.make(records), None, problems
+            return self.make(records, number), None, problems
         # One piece of shared memory a batch: a file descriptor for every picture would use them up.
         flat = [a.reshape(-1) for r in records for a in r["_images"]]
         shapes = [{**r, "_images": [a.shape for a in r["_images"]]} for r in records]
@@ -230,13 +231,47 @@ def leave_signals(leaving, worker):
         signal.signal(number, lambda received, frame: os._exit(0) if leaving.is_set() else None)
 
 
-def stream(sources, batch, *, mine=slice(None), use="caption", seed=0, window=8, workers=0, ahead=2, turn=False, make=None,
+class Jobs(Dataset):
+    """job -> make(*job). Data that cannot be used comes back as a value: a worker's traceback would bury the message."""
+
+    def __init__(self, make):
+        self.make = make
+
+    def __getitem__(self, job):
+        try:
+            return self.make(*job)
+        except ValueError as error:                                      # DataError, ImageError, …
+            return error
+
+
+def ahead(make, jobs, workers=0, deep=2, seed=0):
+    """make(*job) of each job, in their order: a generator. `workers` processes make them, each at most `deep` jobs before
+    they are asked for, so that a GPU does not wait for pictures; 0: the process that asks. Tensors come in pinned memory
+    where there is CUDA."""
+    leaving = multiprocessing.Event()
+    Finalize(None, leaving.set, exitpriority=1)                      # called before Python ends its children
+    # A generator of its own: torch's random state is the run's, and it must not matter whether batches were made ahead.
+    # Forked, so that `make` may be any function.
+    options = dict(prefetch_factor=deep, multiprocessing_context="fork",
+                   worker_init_fn=functools.partial(leave_signals, leaving)) if workers else {}
+    for made in DataLoader(Jobs(make), batch_size=None, sampler=jobs, num_workers=workers, collate_fn=as_it_is,
+                           pin_memory=torch.cuda.is_available(), generator=torch.Generator().manual_seed(seed), **options):
+        if isinstance(made, Exception):
+            raise made
+        yield made
+
+
+def as_it_is(made):
+    return made
+
+
+def stream(sources, batch, *, mine=slice(None), use="caption", seed=0, window=8, workers=0, deep=2, turn=False, make=None,
            weights=None, max_damaged=100, state=None):
     """Endless generator of (rows, state): `batch` records of all sources, of them those in the slice `mine`.
 
     use: the fields that must be there (data.NEEDED). workers: processes that decode (0: none, in the consumer itself),
-    each `ahead` batches before the consumer at most. turn: pictures are turned and mirrored (data.augment). make: a
-    function of the rows that the workers apply, for example data.vlm_batch; its result is then what comes as `rows`.
+    each `deep` batches before the consumer at most. turn: pictures are turned and mirrored (data.augment). make: a
+    function of the rows and the batch's number that the workers call; its result is then what comes as `rows`.
     state: as it came with the last batch that counts; what it belongs to (sources, seed, window) must be the same.
     """
     key = [seed, window, *(s["records"] for s in sources)]
@@ -249,15 +284,9 @@ def stream(sources, batch, *, mine=slice(None), use="caption", seed=0, window=8,
     def ours():
         for rows, after in batches(sources, batch, state, weights):
             behind.append(after)
-            yield rows[mine]
+            yield rows[mine], after["batch"] - 1
 
-    leaving = multiprocessing.Event()
-    Finalize(None, leaving.set, exitpriority=1)                      # called before Python ends its children
-    # A generator of its own: torch's random state is the run's, and it must not matter whether a stream was opened.
-    loader = DataLoader(Shards(sources, use, seed, window, turn, make), batch_size=None, sampler=ours(),
-                        num_workers=workers, prefetch_factor=ahead if workers else None, collate_fn=tuple,
-                        worker_init_fn=functools.partial(leave_signals, leaving), generator=torch.Generator().manual_seed(seed))
-    for rows, flat, problems in loader:
+    for rows, flat, problems in ahead(Shards(sources, use, seed, window, turn, make).batch, ours(), workers, deep, seed):
         for text in problems:
             if text not in damaged:
                 damaged.append(text)

@@ -1,7 +1,8 @@
 """Qwen2.5-VL's vision tower: patches at native resolution, windowed and full attention, 2-D rotary positions, merger.
 
 Source: arXiv 2502.13923 section 2.1.1 and the published weights, whose parameter names the module tree reproduces
-(`visual.blocks.0.attn.qkv.weight`, ...). Needs attention.py and projector.py beside it.
+(`visual.blocks.0.attn.qkv.weight`, ...). Needs attention.py and projector.py beside it. Pictures that come as bytes need
+image.py too.
 
 How images travel: the patches of all images of a batch lie one after the other in one long list of P rows, no padding.
 Patches come in "cells" of merge x merge neighbours (image.py writes them so), because a cell later becomes one language
@@ -140,7 +141,8 @@ class VisionTower(nn.Module):
         self.merger = PatchMerger(v["hidden_size"], v["out_hidden_size"], self.merge)
 
     def forward(self, pixel_values: Tensor, image_grid_thw: Tensor) -> Tensor:
-        """pixel_values (P, 1176), image_grid_thw (images, 3) as image.qwen_pixels gives them -> (C, out_hidden_size).
+        """pixel_values (P, 1176) or the bytes they come from, (P, 588) uint8, image_grid_thw (images, 3), both as
+        image.qwen_pixels gives them -> (C, out_hidden_size).
 
         Rows come in prompt order: image after image, cells row by row.
         """
@@ -149,6 +151,9 @@ class VisionTower(nn.Module):
         if len(pixel_values) != len(tables.cos):
             raise ValueError(f"pixel_values has {len(pixel_values)} patches, image_grid_thw {list(grids)} asks for "
                              f"{len(tables.cos)}")
+        if pixel_values.dtype == torch.uint8:
+            from .image import normalised
+            pixel_values = normalised(pixel_values)
         x = self.patch_embed(pixel_values.to(self.patch_embed.proj.weight.dtype))  # (P, D)
         x = x.view(len(tables.order), -1).index_select(0, tables.order).view_as(x)  # window order
         for i, block in enumerate(self.blocks):

@@ -108,15 +108,18 @@ def farthest(one, two):
 
 @pytest.mark.parametrize("stage", SCRIPTS)
 def test_any_split_gives_the_same_weights(stage, world, chain, tmp_path):
-    """One process with eight rows at a time; one with three; two processes with four; four with two; two that pack."""
+    """One process with eight rows at a time; one with three; two processes with four; four with two; two that pack; one
+    whose batches are made ahead, by two more."""
     fields = fields_of(stage, world, chain)
     split = {"whole": (0, 0), "pieces": (0, 3), "two": (2, 0), "four": (4, 0)}
     if stage in ("pretrain", "sft"):
         split["packed"] = 2, 0
+    if stage != "rl":
+        split["ahead"] = 0, 0
     if stage == "rl":        # answers at a time, a group at least; two groups an update: some of four processes have none
         split = {"whole": (0, 64), "pieces": (0, 1), "two": (2, 64), "four": (4, 1)}
     groups = [begin(n, train, stage, dict(fields, out=tmp_path / name, micro_batch=micro,
-                                          **dict(pack=300) if name == "packed" else {}))
+                                          **{"packed": dict(pack=300), "ahead": dict(workers=2)}.get(name, {})))
               for name, (n, micro) in split.items()]
     assert [set(end(g)) for g in groups] == [{0}] * len(split)
     want, rows = state(tmp_path / "whole"), metrics(tmp_path / "whole")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from nanopatho.image import ImageError, clip_pixels, open_image, pixel_limits, qwen_pixels, smart_resize, to_rgb
+from nanopatho.image import ImageError, clip_pixels, normalised, open_image, pixel_limits, qwen_pixels, smart_resize, to_rgb
 
 
 def picture(width, height, mode="RGB", seed=0):
@@ -37,6 +37,8 @@ def test_qwen_pixels_equal_the_reference(sizes, limits):
     expected, expected_grid = reference(images, **limits)
     assert torch.equal(grid, expected_grid) and pixels.dtype == torch.float32
     torch.testing.assert_close(pixels, expected, atol=2e-6, rtol=0)
+    patches, _ = qwen_pixels(images, **limits, raw=True)
+    assert patches.dtype == torch.uint8 and patches.nbytes * 8 == pixels.nbytes and torch.equal(normalised(patches), pixels)
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "CMYK", "1", "YCbCr"])

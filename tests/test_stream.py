@@ -150,7 +150,7 @@ def test_turned_alike_on_every_process_and_made_in_the_worker(folder):
         assert np.array_equal(t["_images"][0], augment(p["_images"][0], np.random.default_rng([0, 0, k])))
     half = next(stream(a, 8, turn=True, mine=slice(4, 8)))[0]
     assert all(np.array_equal(x["_images"][0], y["_images"][0]) for x, y in zip(half, turned[4:]))
-    made = next(stream(a, 8, workers=1, make=lambda rows: [r["caption"] for r in rows]))[0]
+    made = next(stream(a, 8, workers=1, make=lambda rows, number: [r["caption"] for r in rows]))[0]
     assert made == [r["caption"] for r in plain]
 
 

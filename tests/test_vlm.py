@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 
+from nanopatho import image
 from nanopatho.attention import attention, padded_causal_mask, rotary_tables, rotate, segment_attention, segments
 from nanopatho.decoder import KVCache
 from nanopatho.generate import generate
@@ -112,6 +113,16 @@ def test_vision_features(pair, grid):
     pixels, thw = torch.randn(sum(h * w for h, w in grid), 1176), torch.tensor([(1, h, w) for h, w in grid])
     expected = reference.model.visual(pixels, grid_thw=thw).pooler_output
     torch.testing.assert_close(ours.visual(pixels, thw), expected, atol=2e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_vision_features_of_bytes(pair):
+    ours, reference = pair
+    patches, thw = torch.randint(256, (64, 588), dtype=torch.uint8), torch.tensor([(1, 8, 8)])
+    mean, std = (torch.from_numpy(x).view(3, 1, 1) for x in (image.MEAN, image.STD))
+    pixels = ((patches.view(64, 3, 1, 196) / 255.0 - mean) / std).expand(-1, -1, 2, -1).reshape(64, 1176).float()
+    expected = reference.model.visual(pixels, grid_thw=thw).pooler_output
+    torch.testing.assert_close(ours.visual(patches, thw), expected, atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("window", [56, 112])
