@@ -33,7 +33,7 @@ from data_prep.gates import BANDS, Job, guess_problem, option_problem, read_repl
 from data_prep.teacher import BUDGET, SECRET, NoReply, open_teacher, parts, writing_prompt
 from nanopatho.chat import IMAGE
 from nanopatho.data import CHOICES, LETTERS, DataError, question_text
-from nanopatho.endpoint import windowed
+from nanopatho.endpoint import add_options, count, windowed
 from nanopatho.rewards import choice
 
 OURS = {"sft.jsonl", "rl.jsonl", "dropped.jsonl", "failed.jsonl", "card.json", "journal.jsonl", "lexicon.json",
@@ -208,20 +208,15 @@ def settings(argv=None):
     add("--images", action="store_true", help="send the pictures, too")
     add("--tasks", nargs="+", choices=CHOICES["task"], default=CHOICES["task"], help="for --pool sft")
     add("--total", type=int, default=0, help="requests in all, about (default: one a record)")
-    add("--tries", type=int, default=1, help="replies to ask for until one passes the gates")
+    add("--tries", type=count, default=1, help="replies to ask for until one passes the gates")
     add("--guesses", type=int, default=0, help="drop a choice that is guessed so many times without the picture")
     add("--shard", default="0/1", help="i/n: the i-th of n parts, from 0")
     add("--seed", type=int, default=0)
     add("--temperature", type=float, default=0.6)
-    add("--max_tokens", type=int, default=4000, help="longest reply")
     add("--max_requests", type=float, default=math.inf, help="budget of all shards together, failures included")
     add("--max_total_tokens", type=float, default=math.inf, help="the same in tokens read and written")
-    add("--max_cost", type=float, default=math.inf, help="the same in the currency of the prices")
-    add("--price_in", type=float, default=0.0, help="price of a million tokens read")
-    add("--price_out", type=float, default=0.0, help="price of a million tokens written")
-    add("--parallel", type=int, default=8, help="requests at a time")
-    add("--attempts", type=int, default=5, help="tries of a request that fails")
-    add("--pause", type=float, default=1.0, help="first pause after a failure in seconds; doubles")
+    add_options(parser, max_tokens=4000, max_cost=math.inf, parallel=8)
+    add("--attempts", type=count, default=5, help="tries of a request that fails")
     add("--timeout", type=float, default=300.0, help="seconds to wait for the endpoint")
     c = parser.parse_args(argv)
     if not (m := re.fullmatch(r"(\d+)/(\d+)", c.shard)) or int(m[1]) >= int(m[2]):
@@ -229,8 +224,8 @@ def settings(argv=None):
     if c.teacher != "rules" and not c.name:
         raise DataError("--name: give the model's name at the endpoint (for a replay: that of the recorded run)")
     if c.max_cost < math.inf and not c.price_in + c.price_out > 0:
-        raise DataError(f"--max_cost {c.max_cost:g} stops nothing without --price_in and --price_out, the prices of a million "
-                        "tokens; give them, or limit --max_requests or --max_total_tokens")
+        raise DataError(f"--max_cost {c.max_cost:g} stops nothing without --price_in and --price_out, the prices of a "
+                        "million tokens; give them, or limit --max_requests or --max_total_tokens")
     c.shard, c.tasks = (int(m[1]), int(m[2])), ("mcq",) if c.pool == "rl" else tuple(c.tasks)
     return c
 

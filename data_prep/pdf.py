@@ -8,9 +8,9 @@ are served best; other pictures join the figure they stand next to. What is then
 neighbouring page. "inline_ref" are the sentences of the page and its two neighbours that cite the figure. Pictures keep
 their own pixels.
 
-A page is read by one of three backends behind `read_page`: "text" (the PDF's own text), "tesseract" (the OCR program,
-for scans), "endpoint" (a vision model behind an OpenAI-compatible address). Needs pypdfium2 (extra `data`). Not
-handled: figures drawn as vectors (no picture object), text at an angle other than 0, 90, 180, 270 degrees.
+Three backends read a page: "text" (the PDF's own text), "tesseract" (the OCR program, for scans), "endpoint" (a vision
+model behind an OpenAI-compatible address; DIR/answers.jsonl keeps its replies and asks for none twice). Needs pypdfium2
+(extra `data`). Not handled: figures drawn as vectors, text at an angle other than 0, 90, 180, 270 degrees.
 
 Geometry: points of 1/72 inch. A frame k is the page turned so that text read at k quarter turns (counter-clockwise)
 lies upright; boxes in it are (x0, y0, x1, y1) with y down.
@@ -18,7 +18,8 @@ lies upright; boxes in it are (x0, y0, x1, y1) with y down.
 import argparse
 import math
 import re
-from functools import lru_cache
+from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -26,22 +27,14 @@ from PIL import Image
 
 from data_prep.articles import ArticleError, collect, files_below, safe, save_figure, summary
 from data_prep.pdf_page import FIGURE, LABEL, NUMBER, is_cjk, read_page, turn
+from nanopatho.endpoint import Journal, count
+from nanopatho.log import ConfigError
 
 MOST_PIXELS = 80_000_000
 _LINK = r"\s*(?:,|、|;|&|and|和|及|to|至|-|–|—|~)\s*"
 _CITED = re.compile(rf"{FIGURE}\s*({NUMBER}[A-Za-z]?(?:{_LINK}{NUMBER}[A-Za-z]?)*)")
-
-
-# --- captions and pictures --------------------------------------------------------------------------------------------
-
-SIDES = {"below": 0.0, "above": 6.0, "beside": 12.0}  # points a caption's side costs before its distance
+SIDES = {"below": 0.0, "above": 6.0, "beside": 12.0}                     # points a side costs before its distance
 FAR = 120.0                                                              # a pair further apart than this is none
-
-
-def between(a, b):
-    """The corridor between two boxes, where something could stand that keeps them apart."""
-    x, y = sorted((a[0], a[2], b[0], b[2])), sorted((a[1], a[3], b[1], b[3]))
-    return x[1] + 1, y[1] + 1, x[2] - 1, y[2] - 1
 
 
 def gap(a, b):
@@ -49,9 +42,11 @@ def gap(a, b):
     return max(a[0], b[0]) - min(a[2], b[2]), max(a[1], b[1]) - min(a[3], b[3])
 
 
-def crosses(corridor, box):
-    """Whether a box reaches into a corridor of which one side may have no width."""
-    return max(gap(corridor, box)) < 0
+def apart(a, b, boxes):
+    """Whether one of the boxes stands in the corridor between a and b, of which one side may have no width."""
+    x, y = sorted((a[0], a[2], b[0], b[2])), sorted((a[1], a[3], b[1], b[3]))
+    corridor = x[1] + 1, y[1] + 1, x[2] - 1, y[2] - 1
+    return any(max(gap(corridor, box)) < 0 for box in boxes)
 
 
 def text_boxes(blocks, k):
@@ -68,28 +63,25 @@ def pair(blocks, found, sides=SIDES):
     captions = [i for i, b in enumerate(blocks) if b["label"]]
     if not captions or not found:
         return {}
+    obstacles = cache(lambda k: text_boxes(blocks, k))
 
-    obstacles = lru_cache(maxsize=None)(lambda k: text_boxes(blocks, k))
-
-    def side(c, p):
-        """-> (cost, side) of caption block c for picture p."""
+    def distance(c, p):
+        """What it costs to give caption block c to picture p."""
         k = blocks[c]["k"]
         cap, pic = blocks[c]["box"], turn(found[p]["box"], k)
         dx, dy = gap(cap, pic)
         width, height = min(cap[2] - cap[0], pic[2] - pic[0]), min(cap[3] - cap[1], pic[3] - pic[1])
         if -dx > 0.3 * width and dy > -0.5 * height:
-            where = "below" if cap[1] > pic[1] else "above"
-            cost = max(dy, 0)
+            where, cost = "below" if cap[1] > pic[1] else "above", max(dy, 0)
         elif -dy > 0.3 * height:
             where, cost = "beside", max(dx, 0)
         else:
             where, cost = "beside", 60 + max(dx, 0) + max(dy, 0)
-        corridor = between(cap, pic)
-        cost += 150 * any(crosses(corridor, box) for box in obstacles(k) if box != cap)
-        cost += 60 * any(crosses(corridor, turn(q["box"], k)) for n, q in enumerate(found) if n != p)
-        return cost + sides[where], where
+        cost += 150 * apart(cap, pic, (box for box in obstacles(k) if box != cap))
+        cost += 60 * apart(cap, pic, (turn(q["box"], k) for n, q in enumerate(found) if n != p))
+        return cost + sides[where]
 
-    costs = np.array([[side(c, p)[0] for p in range(len(found))] + [FAR] * len(captions) for c in captions])
+    costs = np.array([[distance(c, p) for p in range(len(found))] + [FAR] * len(captions) for c in captions])
     pairs = {c: [p] for c, p in zip(captions, assign(np.minimum(costs, 2 * FAR))) if p < len(found)}
     grow(pairs, blocks, found, obstacles)
     return pairs
@@ -120,20 +112,19 @@ def assign(cost):
     return [int(np.flatnonzero(row_of == i)[0]) for i in range(n)]
 
 
-def grow(pairs, blocks, found, obstacles):
+def grow(pairs, blocks, found, obstacles, taken=()):
     """Let free pictures join the nearest figure, nearest first; changes pairs and puts each figure in reading order."""
-    free = set(range(len(found))) - {p for ps in pairs.values() for p in ps}
+    free = set(range(len(found))) - {p for ps in pairs.values() for p in ps}.union(taken)
     while free:
         reach = []
         for c, members in pairs.items():
             k = blocks[c]["k"]
-            texts = obstacles(k)
             for m in members:
                 for f in free:
                     a, b = turn(found[m]["box"], k), turn(found[f]["box"], k)
                     dx, dy = gap(a, b)
                     aligned = -dx > 0.5 * min(a[2] - a[0], b[2] - b[0]) or -dy > 0.5 * min(a[3] - a[1], b[3] - b[1])
-                    if aligned and dx < 15 and dy < 45 and not any(crosses(between(a, b), t) for t in texts):
+                    if aligned and dx < 15 and dy < 45 and not apart(a, b, obstacles(k)):
                         reach.append((max(dx, dy), c, f))
         if not reach:
             break
@@ -142,43 +133,34 @@ def grow(pairs, blocks, found, obstacles):
         free.remove(f)
     for c, members in pairs.items():
         rows = []
-        for box, p in sorted((turn(found[p]["box"], blocks[c]["k"])[1::-1], p) for p in members):
-            if rows and box[0] - rows[-1][0] < 20:
-                rows[-1][1].append((box[1], p))
-            else:
-                rows.append((box[0], [(box[1], p)]))
+        for (y, x), p in sorted((turn(found[p]["box"], blocks[c]["k"])[1::-1], p) for p in members):
+            if not rows or y - rows[-1][0] >= 20:
+                rows.append((y, []))
+            rows[-1][1].append((x, p))
         pairs[c] = [p for _, row in rows for _, p in sorted(row)]
 
 
 def usual_sides(pages):
-    """SIDES, moved towards where this document puts its captions: a lone caption between two pictures is decided by
-    it."""
-    seen = {"below": 0, "above": 0, "beside": 0}
+    """SIDES, moved towards where this document puts its captions: it decides on a lone caption between two pictures."""
+    seen = dict.fromkeys(SIDES, 0)
     for page in pages:
         for c, ps in page["pairs"].items():
             cap, pic = page["blocks"][c]["box"], turn(page["pictures"][ps[0]]["box"], page["blocks"][c]["k"])
-            dx, dy = gap(cap, pic)
-            seen["beside" if dx > 0 else "below" if cap[1] > pic[1] else "above"] += 1
+            seen["beside" if gap(cap, pic)[0] > 0 else "below" if cap[1] > pic[1] else "above"] += 1
     total = sum(seen.values())
     return {name: SIDES[name] + (110 * (1 - seen[name] / total) if total else 0) for name in SIDES}
 
 
 def across(pages):
-    """Figures at the end of a page whose caption opens the next one, and the other way round -> [(page of the caption,
-    its block, page of the picture, picture)]."""
+    """Figures whose caption opens the next page or ends the one before -> [(page of the caption, its block, page of the
+    picture, picture)]."""
     def ends(page, box, k, first):
         """Whether nothing but page headers and footers stands before (first) or behind a box in its column."""
-        height = page["height"]
-        for b in page["blocks"]:
-            other = turn(turn(b["box"], b["k"]), k)
-            margin = other[3] < -height + 55 or other[1] > -50
-            if other != box and not margin and gap(box,
-                                                   other)[0] < 0 and (other[1] < box[1] if first
-                                                                      else other[3] > box[3]):
-                return False
-        return not any(gap(box, turn(p["box"], k))[0] < 0 and (turn(p["box"], k)[1] < box[1] - 1 if first else
-                                                              turn(p["box"], k)[3] > box[3] + 1)
-                       for p in page["pictures"])
+        texts = [turn(turn(b["box"], b["k"]), k) for b in page["blocks"]]
+        others = [t for t in texts if t[3] >= 55 - page["height"] and t[1] <= -50]
+        others += [turn(p["box"], k) for p in page["pictures"]]
+        return not any(gap(box, other)[0] < 0 and (other[1] < box[1] - 1 if first else other[3] > box[3] + 1)
+                       for other in others)
 
     out = []
     for before, after in zip(pages, pages[1:]):
@@ -197,8 +179,7 @@ def across(pages):
 
 
 def references(pages, at, number, known):
-    """Sentences on page `at` and its neighbours that cite figure `number`. "Figs. 2-4" cites 3, unless "2-4" is a
-    figure."""
+    """Sentences on page `at` and its neighbours that cite figure `number`: "Figs. 2-4" cites 3, if no figure is 2-4."""
     text = ""
     for page in pages[max(0, at - 1):at + 2]:
         for block in page["blocks"]:
@@ -206,12 +187,10 @@ def references(pages, at, number, known):
                 text += ("" if is_cjk(text[-1:]) else " ") + block["text"]
     out = []
     for sentence in re.split(r"(?<=[.!?])\s+(?=[A-Z(])|(?<=[。！？])", text):
-        cited = set()
-        for found in _CITED.finditer(sentence):
-            for part in re.findall(rf"{NUMBER}", found[1]):
-                ends = re.fullmatch(r"(\d+)[-–](\d+)", part)
-                cited |= {str(n) for n in range(int(ends[1]),
-                                                int(ends[2]) + 1)} if ends and part not in known else {part}
+        cited = set(re.findall(NUMBER, " ".join(found[1] for found in _CITED.finditer(sentence))))
+        for part in cited - known:
+            if ends := re.fullmatch(r"(\d{1,4})[-–](\d{1,4})", part):
+                cited |= set(map(str, range(int(ends[1]), int(ends[2]) + 1)))
         if number in cited and sentence.strip() not in out:
             out.append(sentence.strip())
     return out
@@ -241,22 +220,22 @@ def read_pdf(path, out, options):
     """One PDF -> (records, counts, problems), pictures as PNG below out/images."""
     try:
         import pypdfium2
+        document = pypdfium2.PdfDocument(path)
     except ImportError:
         raise SystemExit('reading PDFs needs pypdfium2: pip install -e ".[data]"') from None
-    try:
-        document = pypdfium2.PdfDocument(path)
     except pypdfium2.PdfiumError as error:
         raise ArticleError(f"{path}: cannot be opened as a PDF ({error}); encrypted or damaged") from error
     group, problems, pages = safe(path.stem), [], []
-    counts = {"pages": len(document), "figures": 0, "captions without picture": 0, "pictures without caption": 0}
+    counts = {"pages": len(document)}
     for number in range(1, len(document) + 1):
         try:
             page = document[number - 1]
-            read = read_page(page, number, options)
-            if "pairs" not in read:                                      # an endpoint pairs by itself
-                read["pairs"] = pair(read["blocks"], read["pictures"])
-            pages.append({**read, "page": page,
+            read = read_page(page, options)
+            pairs = read.get("pairs") or pair(read["blocks"], read["pictures"])          # an endpoint pairs by itself
+            pages.append({**read, "pairs": pairs, "number": number, "page": page,
                           "height": page.get_bbox()[3] - page.get_bbox()[1]})
+        except ConfigError as error:
+            raise ConfigError(f"{path}: page {number}: {error}") from error
         except (ArticleError, pypdfium2.PdfiumError) as error:
             problems.append(f"{path}: page {number}: {error}")
             counts["unreadable pages"] = counts.get("unreadable pages", 0) + 1
@@ -266,28 +245,26 @@ def read_pdf(path, out, options):
             page["pairs"] = pair(page["blocks"], page["pictures"], sides)
     figures = [(page, c, page, ps) for page in pages for c, ps in page["pairs"].items()]
     for cap_page, c, pic_page, p in across(pages):
-        joined = {c: [p]}
-        taken = {q for _, _, other, ps in figures if other is pic_page for q in ps} - {p}
-        free = [x if n not in taken else {**x, "box": (1e6, 1e6, 1e6, 1e6)} for n, x in enumerate(pic_page["pictures"])]
-        k = cap_page["blocks"][c]["k"]
-        grow(joined, {c: {"k": k}}, free, lambda k: text_boxes(pic_page["blocks"], k))
+        joined, taken = {c: [p]}, {q for _, _, other, ps in figures if other is pic_page for q in ps}
+        grow(joined, cap_page["blocks"], pic_page["pictures"], lambda k: text_boxes(pic_page["blocks"], k), taken)
         figures.append((cap_page, c, pic_page, joined[c]))
     known = {b["label"] for page in pages for b in page["blocks"] if b["label"]}
-    records, first = [], {}
+    records, first, names = [], {}, set()
     for cap_page, c, pic_page, ps in sorted(figures, key=lambda f: (f[0]["number"], f[1])):
         block = cap_page["blocks"][c]
-        number, text = block["label"], LABEL.match(block["text"])
-        caption = text[5].strip() if text else block["text"]
+        number, head = block["label"], LABEL.match(block["text"])
+        caption = head[5].strip() if head else block["text"]
         if re.fullmatch(r"[(（]?\s*(?:continued|cont\.?|续)\s*[)）.]*", caption, re.I) and number in first:
             caption = first[number]
         first.setdefault(number, caption)
-        counts["figures"] += 1
-        key = f"{group}/p{cap_page['number']}_fig{safe(number)}"
+        name = f"p{cap_page['number']}_fig{safe(number)}"
+        name += f"_n{c}" if name in names else ""                        # one number twice on a page: two figures
+        names.add(name)
         files = []
         try:
             for n, p in enumerate(ps):
                 image = picture_of(pic_page["page"], pic_page["pictures"][p], block["k"])
-                files.append(out / "images" / group / f"{key.split('/')[1]}{f'_{n + 1}' if len(ps) > 1 else ''}.png")
+                files.append(out / "images" / group / f"{name}{f'_{n + 1}' if len(ps) > 1 else ''}.png")
                 files[-1].parent.mkdir(parents=True, exist_ok=True)
                 image.save(files[-1])
         except (ArticleError, pypdfium2.PdfiumError) as error:
@@ -296,21 +273,19 @@ def read_pdf(path, out, options):
         if not caption:
             problems.append(f"{path}: page {cap_page['number']}, figure {number}: its caption has no text")
             continue
-        shared = {"source": "pdf", "id": key, "group": group, "page": cap_page["number"], "label": f"Figure {number}",
-                  "caption": caption, "license": options["license"],
+        shared = {"source": "pdf", "id": f"{group}/{name}", "group": group, "page": cap_page["number"],
+                  "label": f"Figure {number}", "caption": caption, "license": options["license"],
                   "inline_ref": references(pages, pages.index(cap_page), number, known)}
         records += save_figure(shared, files, out, printed_letters(pic_page, ps, block["k"]))
-    used = {(f[0]["number"], f[1]) for f in figures}
-    counts["captions without picture"] = sum(b["label"] is not None and (page["number"], i) not in used
-                                             for page in pages for i, b in enumerate(page["blocks"]))
-    counts["pictures without caption"] = (sum(len(page["pictures"]) for page in pages) - sum(len(f[3])
-                                                                                             for f in figures))
+    captions = sum(b["label"] is not None for page in pages for b in page["blocks"])
+    pictures = sum(len(page["pictures"]) for page in pages)
+    counts |= {"figures": len(figures), "captions without picture": captions - len(figures),
+               "pictures without caption": pictures - sum(len(ps) for *_, ps in figures)}
     return records, counts, problems
 
 
 def printed_letters(page, ps, k):
-    """The letters printed in or beside the pictures of a figure, in the order of ps, or None unless each has its
-    own."""
+    """Letters printed in or beside the pictures of a figure, in the order of ps, or None unless each has its own."""
     out = []
     for p in ps:
         pic, near = turn(page["pictures"][p]["box"], k), []
@@ -318,8 +293,8 @@ def printed_letters(page, ps, k):
             letter = re.fullmatch(r"[(（]?([A-Za-z])[)）.]?", block["text"])
             if letter and block["k"] == k:
                 dx, dy = gap(pic, block["box"])
-                corner = abs(block["box"][0] - pic[0]) + min(abs(block["box"][1] - pic[1]),
-                                                             abs(block["box"][1] - pic[3]))
+                x, y = block["box"][:2]
+                corner = abs(x - pic[0]) + min(abs(y - pic[1]), abs(y - pic[3]))
                 near += [(corner, letter[1].upper())] if max(dx, dy) < 20 else []
         out.append(min(near)[1] if near else None)
     return out if None not in out and len(set(out)) == len(out) else None
@@ -328,15 +303,19 @@ def printed_letters(page, ps, k):
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m data_prep pdf", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sources", nargs="+", help="PDF files, or folders of them")
-    parser.add_argument("--out", required=True)
-    parser.add_argument("--license", required=True, help="of these documents, written into every record")
-    parser.add_argument("--backend", choices=("text", "tesseract", "endpoint"), default="text")
-    parser.add_argument("--languages", default="eng+chi_sim", help="of tesseract")
-    parser.add_argument("--url", default="http://localhost:8000/v1", help="of the endpoint")
-    parser.add_argument("--model", default="", help="name of the endpoint's model")
-    parser.add_argument("--key", default="OPENAI_API_KEY", help="environment variable with the endpoint's key")
-    args = parser.parse_args(argv)
-    names, out = files_below(args.sources, (".pdf",)), Path(args.out)
-    options = {**vars(args), "answers": out / "answers"}
-    return summary(collect(names, lambda name: read_pdf(name, out, options), out), out)
+    add = parser.add_argument
+    add("sources", nargs="+", help="PDF files, or folders of them")
+    add("--out", required=True)
+    add("--license", required=True, help="of these documents, written into every record")
+    add("--backend", choices=("text", "tesseract", "endpoint"), default="text")
+    add("--languages", default="eng+chi_sim", help="of tesseract")
+    add("--url", default="http://localhost:8000/v1", help="of the endpoint; the pages leave this machine for it")
+    add("--model", default="", help="name of the endpoint's model")
+    add("--key", default="OPENAI_API_KEY", help="environment variable with the endpoint's key")
+    add("--max_tokens", type=count, default=4000, help="longest reply of the endpoint, one a page")
+    add("--max_requests", type=float, default=math.inf, help="stop before the endpoint is sent more, failures included")
+    c = parser.parse_args(argv)
+    names, out = files_below(c.sources, (".pdf",)), Path(c.out)
+    out.mkdir(parents=True, exist_ok=True)
+    with Journal(out / "answers.jsonl", requests=c.max_requests) if c.backend == "endpoint" else nullcontext() as kept:
+        return summary(collect(names, lambda name: read_pdf(name, out, {**vars(c), "journal": kept}), out), out)

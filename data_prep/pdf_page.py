@@ -1,23 +1,18 @@
 """What stands on a page of a PDF: lines of text, pictures, and paragraphs with captions among them; pages without text
 are read by Tesseract or by a vision model at an endpoint. pdf.py pairs what is found here, and tells what a frame is.
 """
-import base64
-import hashlib
 import io
 import json
 import math
-import os
 import re
 import shutil
 import subprocess
-import time
-import urllib.error
-import urllib.request
-from pathlib import Path
 
 import numpy as np
 
 from data_prep.articles import ArticleError, split_image
+from nanopatho.endpoint import data_url, key_of
+from nanopatho.log import ConfigError
 
 NUMBER = r"[A-Z]?\d+(?:[.\-–]\d+)*"
 FIGURE = r"(?:(?:Supplementary|Extended Data)\s+)?(?:Fig(?:ure)?s?\b\.?|FIG(?:URE)?S?\b\.?|图|圖)"
@@ -33,6 +28,10 @@ def turn(box, k):
     """(left, bottom, right, top) on the page -> (x0, y0, x1, y1) in frame k, and the same back again."""
     (ax, ay), (bx, by) = [[(x, -y), (y, x), (-x, y), (-y, -x)][k] for x, y in ((box[0], box[1]), (box[2], box[3]))]
     return min(ax, bx), min(ay, by), max(ax, bx), max(ay, by)
+
+
+def union(a, b):
+    return *map(min, a[:2], b[:2]), *map(max, a[2:], b[2:])
 
 
 def text_lines(page):
@@ -52,7 +51,7 @@ def text_lines(page):
             if overlap > 0.4 * min(size, last["size"]) and -0.5 * size < box[0] - x1 < 1.1 * size:
                 gap = " " if box[0] - x1 > 0.18 * size and not (is_cjk(char) or last["text"][-1:] == " ") else ""
                 last["text"] += gap + char
-                last["box"] = (*map(min, last["box"][:2], box[:2]), *map(max, last["box"][2:], box[2:]))
+                last["box"] = union(last["box"], box)
                 continue
         if char != " ":
             last = {"k": k, "box": box, "text": char, "size": size}
@@ -77,23 +76,22 @@ def pictures(page):
         if min(box[2] - box[0], box[3] - box[1]) >= 2 and min(thing.get_px_size()) >= 2:
             found.append({"box": box, "matrix": (a, b, c, d), "object": thing,
                           "scale": max(thing.get_px_size()) / max(box[2] - box[0], box[3] - box[1])})
-    joined = True
-    while joined:
-        joined = False
-        for i, p in enumerate(found):
-            for q in found[i + 1:]:
-                x, y = [sorted((p["box"][n], p["box"][n + 2], q["box"][n], q["box"][n + 2])) for n in (0, 1)]
-                same = [abs(p["box"][n] - q["box"][n]) < 1 and abs(p["box"][n + 2] - q["box"][n + 2]) < 1
-                        for n in (0, 1)]
-                touch = [min(p["box"][n + 2], q["box"][n + 2]) - max(p["box"][n], q["box"][n]) > -0.6 for n in (0, 1)]
-                if same[0] and touch[1] or same[1] and touch[0]:
-                    found.remove(q)
-                    p |= {"box": (x[0], y[0], x[3], y[3]), "matrix": (1, 0, 0, 1), "object": None,
-                          "scale": max(p["scale"], q["scale"])}
-                    joined = True
-                    break
-    return [p for p in found if min(p["box"][2] - p["box"][0], p["box"][3] - p["box"][1]) >= 20
+    whole = []
+    for p in found:
+        while q := next((q for q in whole if strips(p["box"], q["box"])), None):
+            whole.remove(q)
+            p = {"box": union(p["box"], q["box"]), "matrix": (1, 0, 0, 1), "object": None,
+                 "scale": max(p["scale"], q["scale"])}
+        whole.append(p)
+    return [p for p in whole if min(p["box"][2] - p["box"][0], p["box"][3] - p["box"][1]) >= 20
             and (p["object"] is None or min(p["object"].get_px_size()) >= 32)]
+
+
+def strips(a, b):
+    """Whether two boxes begin and end alike in one direction and touch in the other."""
+    same = [abs(a[n] - b[n]) < 1 and abs(a[n + 2] - b[n + 2]) < 1 for n in (0, 1)]
+    touch = [min(a[n + 2], b[n + 2]) - max(a[n], b[n]) > -0.6 for n in (0, 1)]
+    return same[0] and touch[1] or same[1] and touch[0]
 
 
 def paragraphs(lines):
@@ -119,18 +117,18 @@ def paragraphs(lines):
                            "text": line["text"].strip(), "label": label, "order": order})
             continue
         text, more = above["text"], line["text"].strip()
-        if text.endswith("-") and more[:1].islower():
-            above["text"] = text[:-1] + more
-        else:
-            above["text"] = text + ("" if is_cjk(text[-1:]) and is_cjk(more[:1]) else " ") + more
+        above["text"] = text[:-1] + more if text.endswith("-") and more[:1].islower() else joined(text, more)
         above["pitch"] = min(above["pitch"], y1 - above["last"][3])
-        above["box"] = (*map(min, above["box"][:2], line["box"][:2]), *map(max, above["box"][2:], line["box"][2:]))
-        above["last"] = line["box"]
+        above["box"], above["last"] = union(above["box"], line["box"]), line["box"]
     return sorted(blocks, key=lambda b: b["order"])
 
 
 def is_cjk(char):
     return "\u3000" <= char <= "\u9fff" or "\uff00" <= char <= "\uffef"
+
+
+def joined(text, more):
+    return text + ("" if is_cjk(text[-1:]) and is_cjk(more[:1]) else " ") + more
 
 
 def caption_label(text):
@@ -142,22 +140,16 @@ def caption_label(text):
     if not found:
         return None
     number, letter, space, mark, rest = found.groups()
-    if mark or not rest or space and not rest[0].islower():
-        return number + letter
-    return None
+    return number + letter if mark or not rest or space and not rest[0].islower() else None
 
 
-def read_page(page, number, options):
-    """A pdfium page -> dict number, blocks, pictures; of an endpoint also pairs {index of a caption's block: [index of a
-    picture]}.
-
-    options: backend and what it needs. The three backends end in the same form. ArticleError names a page that cannot
-    be read.
-    """
+def read_page(page, options):
+    """A pdfium page -> dict blocks, pictures; of an endpoint also pairs {index of a caption's block: [index of a
+    picture]}. options: backend and what it needs. ArticleError says why a page cannot be read."""
     if page.get_rotation():
         page.set_rotation(0)                                             # everything below is in the page's own axes
     if options["backend"] == "endpoint":
-        return {"number": number, **ask_endpoint(page, number, options)}
+        return ask_endpoint(page, options)
     lines, found = text_lines(page), pictures(page)
     left, bottom, right, top = page.get_bbox()
     large = 0.8 * (right - left) * (top - bottom)
@@ -165,17 +157,15 @@ def read_page(page, number, options):
     if scan and options["backend"] == "tesseract":
         lines = tesseract(page, options["languages"])
     elif scan and len(lines) < 2:
-        raise ArticleError(f"page {number} is a scan without text; use --backend tesseract or --backend endpoint")
+        raise ArticleError("a scan without text; use --backend tesseract or --backend endpoint")
     if scan:
         found = scan_regions(page, lines)
-    blocks = paragraphs(lines)
-    return {"number": number, "blocks": blocks, "pictures": found}
+    return {"blocks": paragraphs(lines), "pictures": found}
 
 
 def scan_regions(page, lines):
     """A scanned page -> its pictures: what is left when the text is painted white, cut along white gutters."""
-    left, _, _, top = page.get_bbox()
-    scale = 2.0
+    (left, _, _, top), scale = page.get_bbox(), 2.0
     array = np.asarray(page.render(scale=scale).to_pil().convert("RGB")).copy()
     for line in lines:
         l, b, r, t = turn(line["box"], line["k"])
@@ -193,8 +183,7 @@ def tesseract(page, languages):
     picture, (left, _, _, top) = io.BytesIO(), page.get_bbox()
     page.render(scale=300 / 72).to_pil().convert("L").save(picture, "PNG")
     done = subprocess.run(["tesseract", "stdin", "stdout", "-l", languages, "--dpi", "300", "tsv"],
-                          input=picture.getvalue(),
-                          capture_output=True)
+                          input=picture.getvalue(), capture_output=True)
     if done.returncode:
         raise ArticleError(f"tesseract: {done.stderr.decode(errors='replace').strip()[-200:]}")
     return tsv_lines(done.stdout.decode("utf-8", "replace"), 300 / 72, left, top)
@@ -202,64 +191,55 @@ def tesseract(page, languages):
 
 def tsv_lines(tsv, scale, left, top):
     """Tesseract's TSV (level 5 = word; block, paragraph, line; left, top, width, height in pixels) -> lines."""
-    lines = {}
+    lines = {}                                                           # numbers of its line -> text, box
     for row in tsv.splitlines()[1:]:
         cells = row.split("\t")
-        if len(cells) == 12 and cells[0] == "5" and float(cells[10]) >= 30 and cells[11].strip():
+        if len(cells) == 12 and cells[0] == "5" and float(cells[10]) >= 30 and (word := cells[11].strip()):
             x, y, w, h = (int(c) / scale for c in cells[6:10])
-            lines.setdefault(tuple(cells[1:5]), []).append((x + left, y - top, x + left + w, y - top + h,
-                                                            cells[11].strip()))
-    out = []
-    for words in lines.values():
-        text = words[0][4]
-        for word in words[1:]:
-            text += ("" if is_cjk(text[-1]) and is_cjk(word[4][0]) else " ") + word[4]
-        box = (*(min(w[i] for w in words) for i in (0, 1)), *(max(w[i] for w in words) for i in (2, 3)))
-        out.append({"k": 0, "box": box, "text": text, "size": box[3] - box[1]})
-    return out
+            box, at = (x + left, y - top, x + left + w, y - top + h), tuple(cells[1:5])
+            lines[at] = (joined(lines[at][0], word), union(lines[at][1], box)) if at in lines else (word, box)
+    return [{"k": 0, "box": box, "text": text, "size": box[3] - box[1]} for text, box in lines.values()]
 
 
-def ask_endpoint(page, number, options):
-    """One page by a vision model: POST {url}/chat/completions -> blocks, pictures, pairs. Answers are kept in a folder,
-    so that no page is asked for twice; three tries with growing pauses, then ArticleError."""
+def ask_endpoint(page, options):
+    """One page by a vision model -> blocks, pictures, pairs. options["journal"] keeps the replies: none is asked for
+    twice, but three more after one that cannot be read. ArticleError: none came, or none could be read."""
     left, bottom, right, top = page.get_bbox()
-    picture = io.BytesIO()
-    page.render(scale=1536 / max(right - left, top - bottom)).to_pil().convert("RGB").save(picture, "JPEG", quality=90)
-    name = hashlib.sha256(options["model"].encode() + picture.getvalue()).hexdigest()
-    kept = Path(options["answers"]) / f"{name}.json"
-    address = "data:image/jpeg;base64," + base64.b64encode(picture.getvalue()).decode()
-    body = {"model": options["model"], "temperature": 0, "messages": [{"role": "user", "content": [
-        {"type": "image_url", "image_url": {"url": address}}, {"type": "text", "text": PROMPT}]}]}
-    request = urllib.request.Request(options["url"].rstrip("/") + "/chat/completions", json.dumps(body).encode(), {
-        "Content-Type": "application/json", "Authorization": f"Bearer {os.environ.get(options['key'], '')}"})
-    for attempt in range(4):
+    w, h = right - left, top - bottom
+    picture = data_url(page.render(scale=1536 / max(w, h)).to_pil().convert("RGB"))
+    params = {"model": options["model"], "temperature": 0, "max_tokens": options["max_tokens"]}
+    for n in range(4):
+        row = options["journal"].ask(key_of(PROMPT, params, picture, n), PROMPT, params, options["url"], options["key"],
+                                     images=[picture], timeout=300, tries=6)
+        if not row:
+            raise ConfigError("--max_requests is used up; with a larger one the same command goes on")
+        if "error" in row:
+            raise ArticleError(f"{options['url']}: {row['error']}")
         try:
-            if kept.exists():
-                answer = kept.read_text(encoding="utf-8")
-            else:
-                with urllib.request.urlopen(request, timeout=300) as reply:
-                    answer = json.load(reply)["choices"][0]["message"]["content"]
-            said = json.loads(answer[answer.index("{"):answer.rindex("}") + 1])
-            figures = [(str(f["label"]), str(f["caption"]), [min(max(float(v), 0), 1000) / 1000 for v in f["bbox"]])
-                       for f in said["figures"]]
-            if any(len(b) != 4 or b[2] <= b[0] or b[3] <= b[1] for _, _, b in figures):
-                raise ValueError("a bbox is not x0 < x1, y0 < y1")
-        except (urllib.error.URLError, OSError, ValueError, KeyError, IndexError, TypeError) as error:
-            kept.unlink(missing_ok=True)
-            if attempt == 3 or isinstance(error, urllib.error.HTTPError) and error.code in (400, 401, 403, 404):
-                raise ArticleError(f"page {number}: {options['url']}: {type(error).__name__}: {error}") from error
-            time.sleep(options.get("pause", 5) * 2 ** attempt)
-            continue
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_text(answer, encoding="utf-8")
-        break
-    blocks = [{"k": 0, "box": (0, 0, 0, 0), "text": str(said.get("text") or ""), "label": None}]
-    found = []
+            text, figures = read_answer(row["reply"])
+            break
+        except ArticleError as error:
+            if n == 3:
+                raise ArticleError(f"{options['url']}: the last of four replies: {error}") from error
+    blocks, found = [{"k": 0, "box": (0, 0, 0, 0), "text": text, "label": None}], []
     for label, caption, (x0, y0, x1, y1) in figures:
-        digits = re.search(NUMBER, label)
-        blocks.append({"k": 0, "box": (0, 0, 0, 0), "text": caption,
-                       "label": digits[0] if digits else str(len(blocks))})
-        w, h = right - left, top - bottom
+        number = re.search(NUMBER, label) or [str(len(blocks))]
+        blocks.append({**blocks[0], "text": caption, "label": number[0]})
         found.append({"box": (left + x0 * w, top - y1 * h, left + x1 * w, top - y0 * h), "matrix": (1, 0, 0, 1),
                       "object": None, "scale": 300 / 72})
     return {"blocks": blocks, "pictures": found, "pairs": {i + 1: [i] for i in range(len(found))}}
+
+
+def read_answer(reply):
+    """A reply to PROMPT -> (text, [(label, caption, [x0, y0, x1, y1] as shares of the page)]), or ArticleError."""
+    try:
+        said = json.loads(reply[reply.index("{"):reply.rindex("}") + 1], strict=False)   # models break lines in strings
+        figures = [(str(f["label"]), str(f["caption"] or ""), [min(max(float(v), 0), 1000) / 1000 for v in f["bbox"]])
+                   for f in said["figures"]]
+    except (ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:
+        raise ArticleError(f"not the JSON that was asked for ({type(error).__name__}: {error}); it ends in "
+                           f"{reply[-80:]!r}; if it was cut off, raise --max_tokens") from error
+    for label, _, box in figures:
+        if len(box) != 4 or not (box[2] - box[0] >= 0.01 and box[3] - box[1] >= 0.01):   # NaN is refused, too
+            raise ArticleError(f"figure {label}: bbox {box} is not x0 < x1, y0 < y1 by a hundredth of the page")
+    return str(said.get("text") or ""), figures

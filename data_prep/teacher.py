@@ -7,11 +7,9 @@ an address         any OpenAI-compatible endpoint, with a journal and a budget (
 a file             replays the answers of a journal and asks nobody
 n: which try it is; another n is another answer. The prompts are ours, in prompts/*.md (the paper published none).
 """
-import base64
 import contextlib
 import functools
 import hashlib
-import io
 import json
 import os
 import random
@@ -20,7 +18,7 @@ from pathlib import Path
 from data_prep import questions, writer
 from data_prep.world import ATTRIBUTES, diagnose, phrase
 from nanopatho.data import LETTERS, question_text
-from nanopatho.endpoint import Journal, fill, key_of
+from nanopatho.endpoint import Journal, data_url, fill, key_of
 from nanopatho.image import ImageError, open_image
 from nanopatho.log import ConfigError
 
@@ -98,10 +96,9 @@ def rules(text, *, images=(), n=0, record=None, level="", task=""):
 
 def sent(path):
     """A picture -> data URL, JPEG of at most SIDE pixels."""
-    picture, out = open_image(path), io.BytesIO()
+    picture = open_image(path)
     picture.thumbnail((SIDE, SIDE))
-    picture.save(out, "JPEG", quality=90)
-    return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()
+    return data_url(picture)
 
 
 def over_endpoint(c, journal, replay, text, *, images=(), n=0, **_):

@@ -9,11 +9,16 @@ an attempt that kill -9 caught in flight counts in full, as does one whose end i
 HTTP error costs a request and no tokens. What does not fit into what is left is not sent, what is answered is never
 sent again. In memory are keys and places of lines. A power cut may lose the last seconds. May be copied with log.py.
 """
+import argparse
+import base64
 import collections
 import concurrent.futures
+import datetime
+import email.utils
 import fcntl
 import hashlib
 import http.client
+import io
 import json
 import math
 import os
@@ -26,9 +31,27 @@ import urllib.request
 
 from .log import ConfigError
 
-IMAGE_TOKENS = 2048                  # held for an image of at most 1024 x 1024 pixels; published models use under 1,500
+IMAGE_TOKENS = 3072                  # held for an image of at most 1536 x 1536 pixels; Qwen2.5-VL makes 55 x 55 of it
 BROKEN = (401, 402, 403, 404, 405)   # key, balance, address or name are wrong: no request will be answered
 IN_A_ROW = 30                        # requests that failed, none answered between: stop, rather than fail 500,000 times
+
+
+def add_options(parser, *, max_tokens, max_cost, parallel):
+    """What every command with many requests can be told; the defaults are the command's."""
+    add = parser.add_argument
+    add("--max_tokens", type=count, default=max_tokens, help="longest reply")
+    add("--max_cost", type=float, default=max_cost, help="stop before it costs more, in the currency of the prices")
+    add("--price_in", type=float, default=0.0, help="price of a million tokens read")
+    add("--price_out", type=float, default=0.0, help="price of a million tokens written")
+    add("--parallel", type=count, default=parallel, help="requests at a time")
+    add("--pause", type=float, default=1.0, help="first pause after a failure in seconds; doubles")
+
+
+def count(text):
+    """An option that is a whole number from 1 on."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: give a whole number from 1 on")
+    return int(text)
 
 
 def fill(template, **fields):
@@ -41,13 +64,35 @@ def key_of(*parts):
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
+def data_url(picture):
+    """A PIL image -> an image for Journal.ask: a data URL with a JPEG."""
+    out = io.BytesIO()
+    picture.save(out, "JPEG", quality=90)
+    return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()
+
+
+def retry_after(text):
+    """The header Retry-After, seconds or a date (RFC 9110, 10.2.3) -> seconds to wait, at most 900, or None where it
+    tells nothing: nonsense, or a date that is over, as happens where two clocks differ."""
+    if re.fullmatch(r"[0-9]+(\.[0-9]*)?", text):
+        return min(float(text), 900.0)
+    try:
+        date = email.utils.parsedate_to_datetime(text)
+        date = date if date.tzinfo else date.replace(tzinfo=datetime.UTC)                # one of its forms has no zone
+        seconds = (date - datetime.datetime.now(datetime.UTC)).total_seconds()
+    except (ValueError, OverflowError):
+        return None
+    return min(seconds, 900.0) if seconds > 0 else None
+
+
 def post(url, body, secret="", timeout=120):
     """One attempt -> (row, HTTP status or 0, Retry-After). row: "reply" or "error"; "tokens" if they are told."""
-    headers = {"Content-Type": "application/json"}
-    if os.environ.get(secret):
-        headers["Authorization"] = f"Bearer {os.environ[secret]}"
+    key = "".join(os.environ.get(secret, "").split())                    # files end in a line break, keys do not
     try:
-        made = urllib.request.Request(url.rstrip("/") + "/chat/completions", json.dumps(body).encode(), headers)
+        made = urllib.request.Request(url.rstrip("/") + "/chat/completions", json.dumps(body).encode(),
+                                      {"Content-Type": "application/json"})
+        if key:
+            made.add_unredirected_header("Authorization", f"Bearer {key}")               # for this address only
         try:
             answer = urllib.request.urlopen(made, timeout=timeout)
         except urllib.error.HTTPError as error:
@@ -55,13 +100,16 @@ def post(url, body, secret="", timeout=120):
         with answer:
             status, later, data = answer.status, answer.headers.get("Retry-After", ""), answer.read(1 << 22)
         if status >= 400:
-            return {"error": f"HTTP {status}: {data[:300].decode(errors='replace')}", "tokens": [0, 0]}, status, later
+            text = data.decode(errors="replace")
+            text = text.replace(key, "***") if key else text             # some servers repeat what they were sent
+            return {"error": f"HTTP {status}: {text[:300]}", "tokens": [0, 0]}, status, later
         got = json.loads(data)
         row, told = {"reply": str(got["choices"][0]["message"]["content"] or "")}, got.get("usage") or {}
         if "prompt_tokens" in told:
             row["tokens"] = [max(0, int(told.get(name) or 0)) for name in ("prompt_tokens", "completion_tokens")]
         return row, status, ""
-    except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError, AttributeError, OverflowError,
+            RecursionError) as error:
         return {"error": f"{type(error).__name__}: {error}"}, 0, ""      # no connection, a timeout, no such JSON
 
 
@@ -77,6 +125,7 @@ class Journal:
         try:
             fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
+            os.close(self.fd)
             raise ConfigError(f"{path}: another process writes it; wait for it, or choose another folder") from error
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
@@ -86,6 +135,7 @@ class Journal:
                 try:
                     self._count(json.loads(line), len(line))
                 except (ValueError, KeyError, TypeError) as error:
+                    os.close(self.fd)
                     raise ConfigError(f"{path}:{number}: no line of a journal ({error}); remove it") from error
 
     def __enter__(self):
@@ -135,7 +185,7 @@ class Journal:
         """One prompt -> its row with "reply" or "error", from the journal if it is there; None: the budget is out.
 
         images: data URLs; secret: the environment variable with the key. What may pass is tried again, after
-        Retry-After in seconds (all requests wait then) or a pause that doubles. ConfigError: none will be answered.
+        Retry-After (all requests wait then) or a pause that doubles. ConfigError: none will be answered.
         """
         shown = [{"type": "image_url", "image_url": {"url": image}} for image in images]
         content = [*shown, {"type": "text", "text": text}] if shown else text
@@ -152,21 +202,21 @@ class Journal:
                 if not self._reserve(key, hold):
                     return None
                 row, status, later = post(url, body, secret, timeout)
+                wait = retry_after(later)
                 final = "reply" in row or attempt + 1 == tries or 400 <= status < 500 and status not in (408, 429)
                 rest = [a - b for a, b in zip(row.get("tokens", hold[1:]), hold[1:])]
                 with self.change:
                     self._write({"key": key, "used": [0, *rest], **row})
                     self.flying -= 1
                     self.failed = 0 if "reply" in row else self.failed + final
+                    self.until = max(self.until, time.monotonic() + (wait or 0.0))
                     self.change.notify_all()
                 if status in BROKEN or self.failed >= IN_A_ROW:
-                    raise ConfigError(f"{url}: {row['error']}; mend the address, --name or {secret}"
+                    raise ConfigError(f"{url}: {row['error']}; mend the address, the model's name or {secret}"
                                       + f" ({self.failed} requests failed in a row)" * (status not in BROKEN))
                 if final:
                     return row
-                if later.replace(".", "", 1).isdigit():
-                    self.until = max(self.until, time.monotonic() + min(float(later), 900.0))
-                else:
+                if wait is None:
                     self.stop.wait(pause * 2 ** attempt * random.uniform(0.5, 1.5))
         except BaseException:
             self.stop.set()

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from .endpoint import Journal, fill, key_of, windowed
+from .endpoint import Journal, add_options, fill, key_of, windowed
 from .log import ConfigError, write_json
 from .metrics import interval
 
@@ -60,10 +60,9 @@ def read_scores(reply):
     """The judge's reply -> {criterion: 1..5}, or None where it is not exactly that (text around it is allowed)."""
     try:
         scores = json.loads(reply[reply.index("{"):reply.rindex("}") + 1])
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    fine = isinstance(scores, dict) and scores.keys() == CRITERIA.keys() and all(
-        type(v) is int and 1 <= v <= 5 for v in scores.values())
+    fine = scores.keys() == CRITERIA.keys() and all(type(v) is int and 1 <= v <= 5 for v in scores.values())
     return scores if fine else None
 
 
@@ -84,7 +83,7 @@ def judge_items(items, folder, c):
                 got = journal.ask(key(item, n), prompt_of(item), params, c.endpoint, "NANOPATHO_JUDGE_KEY",
                                   pause=c.pause)
                 if not got or "error" in got:
-                    return got and {**row, **got, "tokens": row["tokens"]}
+                    return got and {**got, **row}
                 row["tokens"] = [a + b for a, b in zip(row["tokens"], got.get("tokens", [0, 0]))]
                 row["scores"] = read_scores(got["reply"])
                 if row["scores"]:
@@ -120,12 +119,7 @@ def main(argv=None):
     add("--name", required=True, help="the judge's name at the endpoint")
     add("--all", action="store_true", help="judge every answer (default: open questions only)")
     add("--items", type=int, default=0, help="first so many answers, 0 = all")
-    add("--price_in", type=float, default=0.0, help="price of a million tokens read")
-    add("--price_out", type=float, default=0.0, help="price of a million tokens written")
-    add("--max_cost", type=float, default=5.0, help="stop before it costs more")
-    add("--max_tokens", type=int, default=400, help="longest reply")
-    add("--parallel", type=int, default=4, help="requests at a time")
-    add("--pause", type=float, default=1.0, help="first pause after a failure in seconds; doubles")
+    add_options(parser, max_tokens=400, max_cost=5.0, parallel=4)
     c = parser.parse_args(argv)
     from .benchmark import read_items
     items = [r for r in read_items(c.run) if c.all or r["kind"] == "open"][:c.items or None]

@@ -53,6 +53,10 @@ class Server:
                 except OSError:                                          # the client was killed, or waits no longer
                     self.close_connection = True
 
+            def do_GET(self):                                            # where a redirection ends
+                server.seen.append({"key": self.headers.get("Authorization")})
+                self.send_error(404)
+
             def log_message(self, *args):
                 pass
 
@@ -68,10 +72,13 @@ class Server:
         text = content if isinstance(content, str) else content[-1]["text"]
         usage = {} if what == "no usage" else {"usage": dict(zip(("prompt_tokens", "completion_tokens"), TOKENS))}
         data = json.dumps({"choices": [{"message": {"content": self.answer(text)}}], **usage}).encode()
-        data = {"garbage": b"<html>\xff", "null": b"null"}.get(what, data if status == 200 else b"no")
+        if status != 200:
+            data = f"you sent {handler.headers.get('Authorization')}".encode()
+        data = {"garbage": b"<html>\xff", "null": b"null", "deep": b"[" * 99999,
+                "huge": data.replace(b"100", b"1e999")}.get(what, data)
         handler.send_response(status)
-        if status == 429:
-            handler.send_header("Retry-After", after)
+        if status in (302, 429):
+            handler.send_header("Location" if status == 302 else "Retry-After", after)
         handler.send_header("Content-Length", str(len(data)))
         handler.end_headers()
         handler.wfile.write(data[:len(data) // 2] if what == "short" else data)
@@ -100,7 +107,7 @@ def ask(journal, server, text="?", **more):
 def test_what_is_tried_again_and_what_it_costs(serve, tmp_path, monkeypatch):
     """Requests and tokens against a count by hand; the unknown ends keep what was held: 1 + 64 and 50 tokens."""
     server, path = serve(), tmp_path / "j.jsonl"
-    monkeypatch.setenv(SECRET, "hush")
+    monkeypatch.setenv(SECRET, "hush\n")
     server.script += [(429, "0.2"), 500, "garbage", OK, "short", "null", "hang", OK, "no usage", *[503] * 5, 400]
     with Journal(path) as journal:
         assert ask(journal, server, "a", secret=SECRET)["reply"] == "fine"
@@ -120,12 +127,70 @@ def test_what_is_tried_again_and_what_it_costs(serve, tmp_path, monkeypatch):
     with Journal(path) as journal:
         assert journal.spent == spent == [15, 5 * 65 + 200, 5 * 50 + 20]
         server.script.append(401)
-        with pytest.raises(ConfigError, match=f"HTTP 401.*the address, --name or {SECRET}"):
+        with pytest.raises(ConfigError, match=f"HTTP 401: you sent Bearer \\*\\*\\*; mend the address.*{SECRET}"):
             ask(journal, server, "f", secret=SECRET)
     server.weights = {500: 1}
     with Journal(path) as journal, pytest.raises(ConfigError, match=f"{endpoint.IN_A_ROW} requests failed in a row"):
         for i in range(100):
             ask(journal, server, f"g{i}", tries=1)
+
+
+def as_dates(t):
+    """Seconds since 1970 -> the three forms of a date in HTTP, in the order of RFC 9110, 5.6.7."""
+    year, month, day, *clock, weekday, _, _ = time.gmtime(t)
+    days = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"][weekday]
+    name, clock = "JanFebMarAprMayJunJulAugSepOctNovDec"[3 * month - 3:3 * month], "{:02}:{:02}:{:02}".format(*clock)
+    return (f"{days[:3]}, {day:02} {name} {year} {clock} GMT", f"{days}, {day:02}-{name}-{year % 100:02} {clock} GMT",
+            f"{days[:3]} {name} {day:2} {clock} {year}")
+
+
+def test_retry_after(monkeypatch):
+    """Seconds and dates against the clock, in a zone far from Greenwich; nonsense and what is over tell nothing."""
+    monkeypatch.setenv("TZ", "XXX-9")
+    time.tzset()
+    try:
+        assert as_dates(784111777) == ("Sun, 06 Nov 1994 08:49:37 GMT", "Sunday, 06-Nov-94 08:49:37 GMT",
+                                       "Sun Nov  6 08:49:37 1994")           # the examples of the RFC
+        for after in (5, 60, 700):
+            now = time.time()
+            for text in as_dates(int(now) + after):
+                assert endpoint.retry_after(text) == pytest.approx(int(now) + after - now, abs=0.5), text
+        assert [endpoint.retry_after(t) for t in as_dates(time.time() + 5e5)] == [900] * 3
+        assert [endpoint.retry_after(t) for t in (*as_dates(784111777), *as_dates(time.time() - 2))] == [None] * 6
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    assert [endpoint.retry_after(t) for t in ("0", "7", "0.2", "899", "901", "9" * 400)] == [0, 7, 0.2, 899, 900, 900]
+    pieces = ["Sun", ",", " ", "06", "31", "Feb", "Nov", "-", "99", "2099", "08:49:37", ":", "GMT", "+9999", "-0000"]
+    rng = random.Random(0)
+    noise = ["".join(rng.choices(pieces, k=rng.randint(1, 9))) for _ in range(5000)]
+    assert all(w is None or 0 <= w <= 900 for w in map(endpoint.retry_after, noise))
+    for text in ("", " ", "soon", "-5", "+5", "nan", "inf", "1e3", "1_0", "12 s", ".", "\xb2", "٣", "0x10", "5, 6",
+                 "Sun, 31 Feb 2099 08:49:37 GMT", "Sun, 06 Nov 2099 25:49:37 GMT",
+                 f"Sun, 06 Nov {'9' * 20} 08:49:37 GMT", "Sun, 06 Nov 2099 08:49:37 +999999"):
+        assert endpoint.retry_after(text) is None, text
+
+
+def test_a_date_to_come_back_at_holds_for_all_requests(serve, tmp_path):
+    """Nothing is sent before the date, by the same request or by the next one; a date that is over stops nobody."""
+    server, shift, date = serve(), time.time() - time.monotonic(), int(time.time()) + 2
+    server.script += [(429, as_dates(date)[0]), OK, (429, "0.3"), OK, (429, as_dates(0)[0])]
+    with Journal(tmp_path / "j.jsonl") as journal:
+        assert ask(journal, server, "a")["reply"] == "fine" and date - 0.01 <= server.times[1] + shift < date + 2
+        assert "HTTP 429" in ask(journal, server, "b", tries=1)["error"]
+        assert ask(journal, server, "c")["reply"] == "fine"
+        assert server.times[3] - server.times[2] >= 0.3
+        assert ask(journal, server, "d")["reply"] == "fine" and server.times[5] - server.times[4] < 2
+
+
+def test_the_key_stays_with_its_address_and_odd_replies_are_errors(serve, monkeypatch):
+    server, other = serve(), serve()
+    monkeypatch.setenv(SECRET, "hush")
+    server.script += [(302, other.url), 400, "deep", "huge"]
+    got = [endpoint.post(server.url, {"messages": [{"content": "?"}]}, SECRET) for _ in range(4)]
+    assert [s["key"] for s in server.seen] == ["Bearer hush"] * 4 and other.seen == [{"key": None}]
+    assert [status for _, status, _ in got] == [404, 400, 0, 0] and "hush" not in str(got)
+    assert "RecursionError" in got[2][0]["error"] and "OverflowError" in got[3][0]["error"]
 
 
 def test_a_journal_cut_at_any_byte(serve, tmp_path):
@@ -149,8 +214,11 @@ def test_a_journal_cut_at_any_byte(serve, tmp_path):
         assert journal.spent == [1, 65, 50]
         assert ask(journal, server, "a")["reply"] == "fine" and ask(journal, server, "b") is None
     path.write_bytes(b"not mine\n" + whole)
-    with pytest.raises(ConfigError, match=r"j.jsonl:1: no line of a journal"):
+    with pytest.raises(ConfigError, match=r"j.jsonl:1: no line of a journal") as caught:
         Journal(path)
+    path.write_bytes(whole)
+    with Journal(path) as journal:                                       # the one that failed gave its lock back
+        assert journal.spent == [2, 200, 20] and caught
 
 
 @pytest.mark.parametrize("limit", [{"requests": 30}, {"tokens": 4000}, {"cost": 0.01, "prices": (2.0, 10.0)}])
@@ -303,7 +371,7 @@ def test_killed_with_a_tight_budget(serve, tmp_path, spawner):
     assert sum(map(len, outcome(out)[:3])) == 60 and outcome(out)[3] == 0
 
 
-def test_shards_share_the_work_and_the_budget(serve, tmp_path):
+def test_shards_share_the_work_and_the_budget(serve, tmp_path, capsys):
     rows = captions(40)
     answers = good_answers(rows, ("reasoning",))
     server = serve(lambda prompt: answers[prompt])
@@ -322,6 +390,10 @@ def test_shards_share_the_work_and_the_budget(serve, tmp_path):
         cot.main([*argv, "--shard", "3/3"])
     with pytest.raises(DataError, match="--max_cost 5 stops nothing without --price_in"):
         cot.main([*argv, "--max_cost", "5"])
+    for name in ("--parallel", "--tries", "--attempts", "--max_tokens"):
+        with pytest.raises(SystemExit):
+            cot.main([*argv, name, "0"])
+        assert f"{name}: 0: give a whole number from 1 on" in capsys.readouterr().err
 
 
 # --- teachers and prompts ---------------------------------------------------------------------------------------------

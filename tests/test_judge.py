@@ -59,7 +59,8 @@ def ask(run, address, **more):
 def test_ten_criteria_and_what_counts_as_a_verdict():
     assert len(judge.CRITERIA) == 10 and all(f"- {name}: " in judge.PROMPT for name in judge.CRITERIA)
     assert judge.read_scores(json.dumps(GOOD)) == judge.read_scores(f"Here:\n```json\n{json.dumps(GOOD)}\n```") == GOOD
-    for bad in ("", "four", "{", json.dumps({**GOOD, "coherence": 6}), json.dumps({**GOOD, "coherence": True}),
+    for bad in ("", "four", "{", "[4]", '{"a":' + "[" * 99999 + "}",
+                json.dumps({**GOOD, "coherence": 6}), json.dumps({**GOOD, "coherence": True}),
                 json.dumps({**GOOD, "coherence": 3.5}), json.dumps({**GOOD, "bonus": 5}),
                 json.dumps({k: v for k, v in GOOD.items() if k != "relevance"})):
         assert judge.read_scores(bad) is None

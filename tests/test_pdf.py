@@ -1,6 +1,8 @@
 """data_prep/pdf.py against PDFs written here, byte by byte, so that it is known which picture belongs to which
 caption."""
 
+import base64
+import io
 import json
 import random
 import re
@@ -15,7 +17,10 @@ from PIL import Image
 
 pytest.importorskip("pypdfium2", reason="pypdfium2 is not installed (extra `data`)")
 from data_prep import pdf, pdf_page  # noqa: E402
+from data_prep.articles import ArticleError  # noqa: E402
 from data_prep.records import validate  # noqa: E402
+from nanopatho.endpoint import Journal  # noqa: E402
+from nanopatho.log import ConfigError  # noqa: E402
 
 # --- a PDF writer: Helvetica, a Chinese font that needs no file, raw RGB pictures -------------------------------------
 
@@ -330,7 +335,7 @@ def test_scanned_page(tmp_path):
     page = Page()
     page.picture(0, 0, 595, 842, scan)
     records, counts, problems = one(tmp_path, page)
-    assert not records and counts["unreadable pages"] == 1 and "page 1 is a scan without text" in problems[0]
+    assert not records and counts["unreadable pages"] == 1 and "page 1: a scan without text" in problems[0]
     page.text(60, 321, "Figure 4. A scanned section of liver", 9)
     page.text(60, 330, "with its caption in two lines.", 9)
     records, _, _ = one(tmp_path, page)
@@ -350,45 +355,120 @@ def test_lines_of_tesseract():
     assert second["text"] == "肝脏"
 
 
-def test_endpoint(tmp_path, monkeypatch):
-    """A scripted server: an error, garbage, then an answer; the picture is cut as told, and a second call asks
-    nothing."""
-    page = Page()
-    page.picture(119, 168.4, 238, 252.6, noise(3, 100, 100))  # 0.2 … 0.6 of the width, 0.2 … 0.5 of the height
-    answer = {"text": "See Figure 9. It shows a rather long sentence on glands.", "figures": [
-        {"label": "Fig. 9", "caption": "Gland.", "bbox": [200, 200, 600, 500]}]}
-    replies, asked = [(500, "{}"), (200, "no json"), (200, "```json\n" + json.dumps(answer) + "\n```")], []
+@pytest.fixture
+def serve(monkeypatch):
+    """-> start(replies) -> (address, requests seen). A reply is a text, or a status; the last one stays."""
+    monkeypatch.setenv("PDF_KEY", "secret\n")
+    started = []
 
-    class Server(BaseHTTPRequestHandler):
-        def do_POST(self):
-            asked.append((self.path, json.loads(self.rfile.read(int(self.headers["Content-Length"]))),
-                          self.headers["Authorization"]))
-            code, text = replies[len(asked) - 1]
-            self.send_response(code)
-            self.end_headers()
-            self.wfile.write(json.dumps({"choices": [{"message": {"content": text}}]}).encode())
+    def start(*replies):
+        asked = []
 
-        def log_message(self, *_):
-            pass
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                asked.append({"path": self.path, "key": self.headers["Authorization"],
+                              **json.loads(self.rfile.read(int(self.headers["Content-Length"])))})
+                reply = replies[min(len(asked), len(replies)) - 1]
+                self.send_response(200 if isinstance(reply, str) else reply)
+                self.send_header("Retry-After", "0")
+                self.end_headers()
+                self.wfile.write(json.dumps({"choices": [{"message": {"content": reply}}],
+                                             "sent": self.headers["Authorization"]}).encode())
 
-    server = HTTPServer(("127.0.0.1", 0), Server)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv("PDF_KEY", "secret")
-    options = dict(backend="endpoint", url=f"http://127.0.0.1:{server.server_port}/v1", model="m", key="PDF_KEY",
-                   pause=0.01,
-                   answers=tmp_path / "answers")
-    try:
-        for _ in range(2):
-            (r,), _, problems = one(tmp_path, page, **options)
-            assert not problems and (r["caption"], r["label"], r["inline_ref"]) == ("Gland.", "Figure 9",
-                                                                                    ["See Figure 9."])
-            height, width = r["pixels"].shape[:2]
-            assert abs(height / width - 252.6 / 238) < 0.01 and (r["pixels"] < 230).mean() > 0.97
-    finally:
+            def log_message(self, *_):
+                pass
+
+        started.append(HTTPServer(("127.0.0.1", 0), Handler))
+        threading.Thread(target=started[-1].serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        return f"http://127.0.0.1:{started[-1].server_port}/v1", asked
+    yield start
+    for server in started:
         server.shutdown()
         server.server_close()
-    assert len(asked) == 3 and asked[0][0] == "/v1/chat/completions" and asked[0][2] == "Bearer secret"
-    assert asked[0][1]["messages"][0]["content"][0]["image_url"]["url"].startswith("data:image/jpeg;base64,")
+
+
+def answer(*figures, text=""):
+    """(label, caption, bbox) … -> a model's reply"""
+    return "```json\n" + json.dumps({"text": text, "figures": [dict(zip(("label", "caption", "bbox"), f))
+                                                              for f in figures]}) + "\n```"
+
+
+def test_endpoint(tmp_path, serve):
+    """An error, garbage, then an answer; the picture is cut as told, and a second call asks nothing."""
+    page = Page()
+    page.picture(119, 168.4, 238, 252.6, noise(3, 100, 100))  # 0.2 … 0.6 of the width, 0.2 … 0.5 of the height
+    text = "See Figure 9. It shows a rather long sentence on glands."
+    url, asked = serve(500, "no json", answer(("Fig. 9", "Gland.", [200, 200, 600, 500]), text=text))
+    for _ in range(2):
+        with Journal(tmp_path / "answers.jsonl") as journal:
+            (r,), _, problems = one(tmp_path, page, backend="endpoint", url=url, model="m", key="PDF_KEY",
+                                    max_tokens=99, journal=journal)
+        assert not problems and (r["caption"], r["label"], r["inline_ref"]) == ("Gland.", "Figure 9", ["See Figure 9."])
+        height, width = r["pixels"].shape[:2]
+        assert abs(height / width - 252.6 / 238) < 0.01 and (r["pixels"] < 230).mean() > 0.97
+    assert len(asked) == 3 and (asked[0]["path"], asked[0]["key"]) == ("/v1/chat/completions", "Bearer secret")
+    assert (asked[0]["model"], asked[0]["temperature"], asked[0]["max_tokens"]) == ("m", 0, 99)
+    picture, text = asked[0]["messages"][0]["content"]
+    sent = picture["image_url"]["url"].removeprefix("data:image/jpeg;base64,")
+    assert max(Image.open(io.BytesIO(base64.b64decode(sent))).size) == 1536 and text["text"] == pdf_page.PROMPT
+
+
+def test_a_book_at_an_endpoint_that_breaks_goes_on(tmp_path, serve, capsys):
+    """The key refused at page 2, a budget out at page 3, a page refused: named; no answered page is asked for twice."""
+    pages = [Page() for _ in range(4)]
+    for i, page in enumerate(pages):
+        page.picture(59.5, 84.2, 238, 252.6, noise(i, 100, 100))
+    book, out = write_pdf(tmp_path / "book.pdf", [p.done() for p in pages]), tmp_path / "out"
+    good = [answer((f"{i}", f"Gland {i}.", [100, 100, 500, 400])) for i in range(4)]
+    url, asked = serve(good[0], 401, good[1], 400, good[3])
+    argv = [str(book), "--out", str(out), "--license", "CC0", "--backend", "endpoint", "--url", url, "--model", "m",
+            "--key", "PDF_KEY", "--max_requests"]
+    with pytest.raises(ConfigError, match=r"book.pdf: page 2: http\S+: HTTP 401.*Bearer \*\*\*.*PDF_KEY"):
+        pdf.main([*argv, "10"])
+    with pytest.raises(ConfigError, match="book.pdf: page 3: --max_requests is used up"):
+        pdf.main([*argv, "3"])
+    assert len(asked) == 3 and not (out / "journal.jsonl").read_bytes()
+    assert pdf.main([*argv, "10"]) == 0 and len(asked) == 5
+    assert f"{book}: page 3: {url}: HTTP 400" in capsys.readouterr().out
+    records = [json.loads(line) for line in (out / "figures.jsonl").read_text().splitlines()]
+    assert [(r["page"], r["caption"]) for r in records] == [(1, "Gland 0."), (2, "Gland 1."), (4, "Gland 3.")]
+    assert b"secret" not in (out / "answers.jsonl").read_bytes() + (out / "journal.jsonl").read_bytes()
+    assert pdf.main([*argv, "10"]) == 0 and len(asked) == 5
+
+
+@pytest.mark.parametrize("reply, problem", [
+    ("", "not the JSON"), ("[]", "not the JSON"), ("{}", "'figures'"), ('{"figures": 3}', "not the JSON"),
+    ('{"figures": [3]}', "not the JSON"), ('{"figures":' + "[" * 99999 + "}", "not the JSON"),
+    (answer(("1", "x", [1, 2, 3, 4]))[:-30], "raise --max_tokens"), (answer(("1", "x", None)), "not the JSON"),
+    (answer(("1", "x", ["a", 2, 300, 400])), "could not convert"),
+    (answer(("1", "x", [10 ** 999] * 4)), "not the JSON"),
+    (answer(("7", "x", [0, 0, 500])), r"figure 7: bbox \[0.0, 0.0, 0.5\]"),
+    (answer(("7", "x", [500, 0, 400, 9])), "figure 7"),
+    (answer(("7", "x", [float("nan"), 0, 500, 500])), "figure 7: bbox .nan"),
+    (answer(("7", "x", [0, 0, 9, 500])), "hundredth")])
+def test_replies_that_cannot_be_read(reply, problem):
+    with pytest.raises(ArticleError, match=problem):
+        pdf_page.read_answer(reply)
+
+
+def test_what_is_read_of_a_reply():
+    assert pdf_page.read_answer('Sure: {"figures": []}!') == ("", [])
+    assert pdf_page.read_answer(answer((3, None, [-5, "100", 2000, 400.0]), text="a").replace('"a"', '"a\nb"')) == (
+        "a\nb", [("3", "", [0, 0.1, 1, 0.4])])
+
+
+def test_one_number_twice_on_a_page_and_a_range_without_end(tmp_path):
+    """Two figures 3 keep a picture and an id each; a range that no book has is not counted through."""
+    page = Page()
+    page.picture(50, 60, 150, 100, noise(1))
+    page.text(50, 172, "Figure 3. Liver of the first case.", 8)
+    page.picture(50, 400, 150, 100, noise(2))
+    page.text(50, 512, "Figure 3. Liver of the second case.", 8)
+    page.text(50, 640, "As seen in Figs. 2-4, and not in Figs. 1-99999999999999, the liver is large.")
+    records, counts, _ = one(tmp_path, page)
+    assert [r["caption"] for r in records] == ["Liver of the first case.", "Liver of the second case."]
+    assert len({r["id"] for r in records}) == 2 and counts["figures"] == 2 and counts["captions without picture"] == 0
+    assert all(np.array_equal(r["pixels"], noise(i)) and len(r["inline_ref"]) == 1 for i, r in enumerate(records, 1))
 
 
 def test_least_total_distance():
