@@ -33,9 +33,9 @@ from nanopatho.clip import CLIP, clip_loss
 from nanopatho.data import DataError, Images, augment, check_images, read_records, shuffled
 from nanopatho.evaluate import read_lexicon
 from nanopatho.evaluate_clip import evaluate_pool, read_prompts, text_of
-from nanopatho.image import clip_pixels
+from nanopatho.image import clip_pixels, normalised
 from nanopatho.optim import Optimizers
-from nanopatho.stream import agreed, ahead, images_of, shard_pools, source, stream
+from nanopatho.stream import agreed, ahead, images_of, mixture, shard_folders, stream
 from nanopatho.log import Run, check_finite, flops, speed, write_json
 
 
@@ -48,6 +48,7 @@ class Config:
     preset: str = say("tiny", "size of the model and its training fields: smoke, tiny, small, clip-b16, clip-l14")
     data: str = say("data/tiny", "folder with captions.jsonl (and test.jsonl for the evaluation) and the images; or of tar shards "
                                  "with pools morphology (step 1, then beside the other) and captions (step 2)")
+    mix: str = say("", "more folders of shards, FOLDER=WEIGHT joined by commas: 2 = their records come twice as often as --data's")
     init: str = say("", "weights to start from: HF folder, or .pt with a tokenizer.json beside it; empty: random")
     out: str = say("runs/clip", "run folder: weights, tokenizer.json, metrics.jsonl, results.json")
     seed: int = say(0, "seed of weights, order and augmentation")
@@ -133,9 +134,12 @@ def main(argv=None):
     total = c.steps_morphology + c.steps_all
 
     # ------------------------------------------------------------------------------------------------ data
-    streamed, images = shard_pools(c.data, c.init), Images(workers=c.workers)       # tar shards: read while training, nanopatho/stream.py
+    streamed, images = shard_folders(c.data, c.init, c.mix), Images(workers=c.workers)     # tar shards: nanopatho/stream.py
     if streamed:                                                     # step 1 reads the first pool, step 2 both
-        sources = [source(c.data, "morphology", also=("morphology",))] * (c.steps_morphology > 0) + [source(c.data, "captions")]
+        have = {name: held for name, held in streamed.items() if "morphology" in held[1]} or streamed
+        form = mixture(have, "morphology", also=("morphology",)) if c.steps_morphology else []
+        sources = form + mixture(streamed, "captions")
+        shares = np.array([s["weight"] for s in sources])
         sizes = [s["records"] for s in sources]
     else:
         records = read_records(f"{c.data}/captions.jsonl", use="caption")
@@ -199,13 +203,13 @@ def main(argv=None):
                 pictures = [augment(p, rng) for p in pictures]
         if c.stain:
             pictures = [restain(p, c.stain, rng) for p in pictures]
-        pixels = [clip_pixels(part, size) for part in distributed.pieces(pictures[mine], c.micro_batch)]
+        pixels = [clip_pixels(part, size, raw=True) for part in distributed.pieces(pictures[mine], c.micro_batch)]
         return [{k: v for k, v in r.items() if k != "_images"} for r in rows], pixels, rng
 
     if streamed:
         batches_of = stream(sources, c.batch_size, mine=mine, seed=c.seed, workers=c.workers, turn=c.augment, make=prepare,
-                            max_damaged=c.max_damaged, weights=lambda step: sizes if step >= c.steps_morphology else (1, 0),
-                            state=position)
+                            max_damaged=c.max_damaged, state=position,
+                            weights=lambda step: shares * (1 if step >= c.steps_morphology else np.arange(len(shares)) < len(form)))
     else:                                                            # a run that goes on draws again what is behind it
         jobs = ((next(orders[step >= c.steps_morphology]), step) for step in range(total))
         batches_of = ((made, None) for made in ahead(prepare, itertools.islice(jobs, first, None), c.workers))
@@ -220,7 +224,7 @@ def main(argv=None):
         ids = clip_ids(tokenizer, list(unique), context)                      # (unique texts, T)
         ids = ids[:, :int(ids.argmax(1).max()) + 1].to(device)                # the end token has the highest id
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
-            image_features = model.encode_image(pixels.to(device, non_blocking=True))      # (b, E)
+            image_features = model.encode_image(normalised(pixels.to(device, non_blocking=True)))   # (b, E)
             text_features = model.encode_text(ids)[[unique[t] for t in texts]]             # (b, E)
         return image_features, text_features, ids.numel()
 

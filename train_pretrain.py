@@ -23,7 +23,7 @@ from nanopatho.data import Images, caption_row, check_images, pack_rows, questio
 from nanopatho.evaluate import caption_claims, check_facts, read_lexicon
 from nanopatho.log import Run, check_finite, speed, vlm_flops, write_json
 from nanopatho.optim import Optimizers, lr_factors
-from nanopatho.stream import agreed, ahead, images_of, shard_pools, source, stream
+from nanopatho.stream import agreed, ahead, images_of, mixture, shard_folders, stream
 from nanopatho.vlm import PathoVLM, trainable
 
 
@@ -35,6 +35,7 @@ def say(default, help, **more):
 class Config:
     preset: str = say("tiny", "size of the model and its training fields: smoke, tiny, small, 3b, 7b")
     data: str = say("data/tiny", "folder with captions.jsonl and the images, or of tar shards with a pool captions")
+    mix: str = say("", "more folders of shards, FOLDER=WEIGHT joined by commas: 2 = their records come twice as often as --data's")
     init: str = say("", "folder of weights to start from (published layout); empty: random weights of the preset")
     out: str = say("runs/pretrain", "run folder: weights, metrics.jsonl, samples")
     seed: int = say(0, "seed of weights, order and augmentation")
@@ -78,9 +79,9 @@ def main(argv=None):
     rng = np.random.default_rng(c.seed)
 
     # ------------------------------------------------------------------------------------------------ data
-    streamed = shard_pools(c.data, c.init)                           # tar shards: read while training, nanopatho/stream.py
+    streamed = shard_folders(c.data, c.init, c.mix)                  # tar shards: read while training, nanopatho/stream.py
     if streamed:
-        shards = source(c.data, "captions")
+        shards = mixture(streamed, "captions")
     else:
         records = read_records(f"{c.data}/captions.jsonl", use="caption")
         check_images(records)
@@ -108,7 +109,7 @@ def main(argv=None):
     parameters = [p for p in model.parameters() if p.requires_grad]
     if rank == 0:
         print(f"pretrain: {sum(p.numel() for p in parameters) / 1e6:.2f} M trained parameters, "
-              f"{shards['records'] if streamed else len(records)} pairs, {world} x {device.type}")
+              f"{sum(s['records'] for s in shards) if streamed else len(records)} pairs, {world} x {device.type}")
 
     # ------------------------------------------------------------------------------------------------ optimizer
     optimizer = Optimizers(model, c.lr, c.weight_decay, c.optimizer, factors=lr_factors(c.lr, c.vision_lr, c.projector_lr))
@@ -129,7 +130,7 @@ def main(argv=None):
             vlm_batch(part, tokenizer, model.config, images=images, rng=turn, max_pixels=c.max_pixels) for part in parts]
 
     if streamed:
-        batches_of = stream([shards], c.batch_size, mine=mine, seed=c.seed, workers=c.workers, turn=c.augment,
+        batches_of = stream(shards, c.batch_size, mine=mine, seed=c.seed, workers=c.workers, turn=c.augment,
                             make=prepare, max_damaged=c.max_damaged, state=position)
     else:                                                            # a run that goes on draws again what is behind it
         order = shuffled(len(records), c.batch_size, rng)

@@ -26,7 +26,7 @@ from nanopatho.data import CHOICES, Images, check_images, check_pools, curriculu
 from nanopatho.evaluate import check_facts, evaluate, read_lexicon, show_samples
 from nanopatho.log import Run, check_finite, speed, vlm_flops, write_json
 from nanopatho.optim import Optimizers, lr_factors
-from nanopatho.stream import agreed, ahead, images_of, shard_pools, source, stream
+from nanopatho.stream import agreed, ahead, images_of, mixture, shard_folders, stream
 from nanopatho.vlm import PathoVLM, trainable
 
 START, END = map(np.array, curriculum.__defaults__)                  # shares of easy, medium, hard at first and at last
@@ -41,6 +41,7 @@ class Config:
     preset: str = say("tiny", "size of the model and its training fields: smoke, tiny, small, 3b, 7b")
     data: str = say("data/tiny", "folder with sft.jsonl, the question pools and the images; sft.jsonl may be tar shards, with "
                                  "pools sft_easy, sft_medium, sft_hard for the curriculum, or sft for an even order")
+    mix: str = say("", "more folders of shards, FOLDER=WEIGHT joined by commas: 2 = their records come twice as often as --data's")
     init: str = say("", "folder of weights to start from; empty: random weights (the no-pretraining ablation)")
     out: str = say("runs/sft", "run folder: weights, metrics.jsonl, samples, results.json")
     seed: int = say(0, "seed of order and augmentation")
@@ -85,6 +86,16 @@ def conversation(record, style):
     return record, [{"role": "system", "content": PROMPTS[style]}, *turns], "chat"
 
 
+def moving_weights(p, sources, levels):
+    """The curriculum over shards: weight of each source when the share p of the steps is over. levels: of each source 0 to 2, or
+    -1 where it has none. Sources without levels keep their share; among the others levels move as data.curriculum moves
+    them, and inside a level sources keep theirs."""
+    size, level = np.array([s["weight"] for s in sources]), np.array(levels)
+    inside = np.array([size[level == i].sum() for i in levels])
+    moved = np.where(level < 0, 0, size / inside * (START + (END - START) * p)[level])
+    return np.where(level < 0, size, moved * size[level >= 0].sum() / max(moved.sum(), 1e-9))
+
+
 def main(argv=None):
     # ------------------------------------------------------------------------------------------------ config, device
     c = presets.parse(Config, "sft", argv)
@@ -97,10 +108,14 @@ def main(argv=None):
     rng = np.random.default_rng(c.seed)
 
     # ------------------------------------------------------------------------------------------------ data
-    streamed = shard_pools(c.data, c.init)                           # tar shards: read while training, nanopatho/stream.py
+    streamed = shard_folders(c.data, c.init, c.mix)                  # tar shards: read while training, nanopatho/stream.py
     if streamed:
-        levels = [i for i, level in enumerate(CHOICES["level"]) if f"sft_{level}" in streamed]
-        shards = [source(c.data, f"sft_{CHOICES['level'][i]}") for i in levels] or [source(c.data, "sft")]
+        shards, levels = [], []                                      # the level of each source; -1: its folder has none
+        for name, held in streamed.items():
+            own = [i for i, level in enumerate(CHOICES["level"]) if f"sft_{level}" in held[1]]
+            for pool in [f"sft_{CHOICES['level'][i]}" for i in own] or ["sft"]:
+                shards += mixture({name: held}, pool)
+            levels += own or [-1]
     else:
         records = read_records(f"{c.data}/sft.jsonl", use="sft")
         check_images(records)
@@ -145,9 +160,9 @@ def main(argv=None):
             vlm_batch(part, tokenizer, model.config, images=images, rng=turn, max_pixels=c.max_pixels) for part in parts]
 
     if streamed:
-        moving = lambda step: (START + (END - START) * step / max(1, c.steps - 1))[levels or [0]]
         batches_of = stream(shards, c.batch_size, mine=mine, use="sft", seed=c.seed, workers=c.workers, turn=c.augment,
-                            make=prepare, max_damaged=c.max_damaged, weights=moving, state=position)
+                            make=prepare, max_damaged=c.max_damaged, state=position,
+                            weights=lambda step: moving_weights(step / max(1, c.steps - 1), shards, levels))
     else:
         jobs = zip(curriculum(records, c.steps, c.batch_size, rng), range(c.steps))
         batches_of = ((made, None) for made in ahead(prepare, itertools.islice(jobs, first, None), c.workers))

@@ -136,16 +136,19 @@ def patchify(images: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(x).reshape(-1, 3 * PATCH * PATCH)
 
 
-def normalised(patches: Tensor) -> Tensor:
-    """(P, 3 * 14 * 14) uint8 -> (P, 3 * 2 * 14 * 14) float32, the published pixel_values: rows are (channel, frame, y, x).
+def normalised(images: Tensor) -> Tensor:
+    """(N, 3, ...) uint8 -> the same shape in float32, (x / 255 - MEAN) / STD. Where the bytes are: they are sent to the
+    device, a quarter of the size, and grow there."""
+    out = images.new_empty(images.shape, dtype=torch.float32)
+    for channel in range(3):  # plain numbers: a tensor of them would have to be sent as well
+        torch.mul(images[:, channel], float(SCALE[channel]), out=out[:, channel]).add_(float(SHIFT[channel]))
+    return out
 
-    The vision tower calls it, so that pictures travel as bytes, an eighth of the size, and grow on the device.
-    """
+
+def patch_values(patches: Tensor) -> Tensor:
+    """(P, 3 * 14 * 14) uint8 -> (P, 3 * 2 * 14 * 14) float32, the published pixel_values: rows are (channel, frame, y, x)."""
     x = patches.view(len(patches), 3, 1, -1).expand(-1, -1, FRAMES, -1)  # (P, 3, 2, 196)
-    out = x.new_empty(x.shape, dtype=torch.float32)
-    for channel in range(3):  # plain numbers: a tensor of them would have to be sent to the device
-        torch.mul(x[:, channel], float(SCALE[channel]), out=out[:, channel]).add_(float(SHIFT[channel]))
-    return out.view(len(patches), -1)
+    return normalised(x).view(len(patches), -1)
 
 
 def qwen_pixels(images, min_pixels: int = 3136, max_pixels: int = 12_845_056, raw: bool = False) -> tuple[Tensor, Tensor]:
@@ -154,7 +157,7 @@ def qwen_pixels(images, min_pixels: int = 3136, max_pixels: int = 12_845_056, ra
     images: one or a sequence of PIL images or uint8 (H, W, 3) arrays, or one uint8 (N, H, W, 3) array. An image of grid
     (1, h, w) becomes h * w / 4 tokens of the prompt. The limits belong to the model: read them from its
     preprocessor_config.json. Equals the reference processor (PIL backend) to 5e-7 before rounding; EXIF is not applied
-    here, open_image has done it. raw: the patches as bytes, (P, 588) uint8, which PathoVLM takes as well.
+    here, open_image has done it. raw: the patches as they are, (P, 588) uint8, which PathoVLM takes as well.
     """
     if isinstance(images, Image.Image) or isinstance(images, np.ndarray) and images.ndim == 3:
         images = [images]
@@ -169,7 +172,7 @@ def qwen_pixels(images, min_pixels: int = 3136, max_pixels: int = 12_845_056, ra
         pixels = np.concatenate([patchify(a[None]) for a in arrays])
     grid = [(1, a.shape[0] // PATCH, a.shape[1] // PATCH) for a in arrays]
     pixels = torch.from_numpy(pixels)
-    return pixels if raw else normalised(pixels), torch.tensor(grid)
+    return pixels if raw else patch_values(pixels), torch.tensor(grid)
 
 
 def _uint8_rgb(array: np.ndarray) -> np.ndarray:
@@ -193,11 +196,12 @@ def _resized(image, min_pixels: int, max_pixels: int) -> np.ndarray:
     return np.asarray(image)
 
 
-def clip_pixels(images, size: int = 224) -> Tensor:
+def clip_pixels(images, size: int = 224, raw: bool = False) -> Tensor:
     """PIL images or uint8 (H, W, 3) arrays, one or several -> (N, 3, size, size) float32: open_clip's preprocessing.
 
     Shorter side to `size` by bicubic interpolation, centre crop, then RGB, in this order: a palette or transparent
-    image is resized in its own mode, as open_clip does. CLIP sees only the central square of an oblong image.
+    image is resized in its own mode, as open_clip does. CLIP sees only the central square of an oblong image. raw: not
+    yet `normalised`, (N, 3, size, size) uint8.
     """
     if isinstance(images, Image.Image) or isinstance(images, np.ndarray) and images.ndim == 3:
         images = [images]
@@ -212,7 +216,5 @@ def clip_pixels(images, size: int = 224) -> Tensor:
             image = image.resize((width, height), Image.Resampling.BICUBIC)
         left, top = round((width - size) / 2), round((height - size) / 2)  # half to even
         out[i] = np.asarray(to_rgb(image.crop((left, top, left + size, top + size))))
-    pixels = np.ascontiguousarray(out.transpose(0, 3, 1, 2)).astype(np.float32)  # (N, 3, size, size)
-    pixels *= SCALE[:, None, None]
-    pixels += SHIFT[:, None, None]
-    return torch.from_numpy(pixels)
+    pixels = torch.from_numpy(np.ascontiguousarray(out.transpose(0, 3, 1, 2)))  # (N, 3, size, size)
+    return pixels if raw else normalised(pixels)

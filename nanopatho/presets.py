@@ -46,8 +46,8 @@ VLM = {
                         fullatt_block_indexes=[1]), [2, 3, 3], _tiny_ids),
     "tiny": _qwen(128, 3, 4, 2, 384, TINY_BPE + 22, True, _tiny_vision, [4, 6, 6], _tiny_ids, std=0.06),
     "small": _qwen(384, 8, 6, 2, 1024, TINY_BPE + 22, True,
-                   dict(_tiny_vision, depth=8, hidden_size=320, num_heads=5, intermediate_size=864, window_size=112,
-                        fullatt_block_indexes=[3, 7]), [8, 12, 12], _tiny_ids),
+                   dict(_tiny_vision, depth=8, hidden_size=320, num_heads=5, intermediate_size=864,
+                        fullatt_block_indexes=[3, 7]), [8, 12, 12], _tiny_ids, std=0.035),
     "3b": _qwen(2048, 36, 16, 2, 11008, 151936, True, _big_vision, [16, 24, 24]),
     "7b": _qwen(3584, 28, 28, 4, 18944, 152064, False, _big_vision, [16, 24, 24]),
 }
@@ -88,10 +88,10 @@ TRAIN = {
     # tiny starts from random weights: Muon, and a learning rate a thousand times that of fine-tuning published ones.
     "tiny": {
         "clip": dict(optimizer="muon", batch_size=64, lr=2e-3, warmup=20, weight_decay=0.05, steps_morphology=250,
-                     steps_all=300, partial=0.7, stain=0.2, save_every=100),
-        "pretrain": dict(optimizer="muon", batch_size=32, lr=2e-3, warmup=50, steps=850, save_every=250),
+                     steps_all=300, partial=0.7, stain=0.2, save_every=100, workers=0),
+        "pretrain": dict(optimizer="muon", batch_size=32, lr=2e-3, warmup=50, steps=850, save_every=250, workers=0),
         "sft": dict(optimizer="muon", train="projector,decoder", batch_size=16, lr=2e-3, warmup=20, steps=800,
-                    save_every=200, max_new_tokens=64, eval_sample_items=300),
+                    save_every=200, max_new_tokens=64, eval_sample_items=300, workers=0),
         "rl": dict(lr=1e-4, warmup=5, decay=0.5, weight_decay=0.0, prompts=16, steps=120, max_new_tokens=64, micro_batch=128,
                    eval_sample_items=300),
     },

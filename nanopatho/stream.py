@@ -23,6 +23,7 @@ import collections
 import functools
 import io
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -46,33 +47,63 @@ FORMAT = "nanopatho-shards-1"
 UNUSABLE = (ImageError, ValueError, KeyError, OSError, EOFError, OverflowError, tarfile.TarError)
 
 
-def shard_pools(folder, init):
-    """Names of the pools in a folder of shards; [] for a folder of plain files, which has no index.json. init: a script's
-    --init, which shards need: they are not read in advance to make a tokenizer."""
-    path = Path(folder) / "index.json"
-    if path.is_file() and not init:
+def shard_folders(folder, init, mix=""):
+    """A script's --data, --init and --mix -> {folder of shards: (weight of its records, names of its pools)}, --data first,
+    with weight 1; {} if --data is a folder of plain files, which has no index.json.
+
+    mix: "data/books=2,data/web=0.5", more folders of shards: a record of the first comes twice as often as one of --data.
+    Shards need --init: they are not read in advance to make a tokenizer.
+    """
+    wanted = {str(folder): 1.0}
+    for name, _, weight in (part.strip().partition("=") for part in mix.split(",") if mix):
+        try:
+            number = math.nan if not name or name in wanted else float(weight or 1)
+        except ValueError:
+            number = math.nan
+        if not 0 < number < math.inf:
+            raise ConfigError(f"--mix {mix}: write FOLDER=WEIGHT,FOLDER=WEIGHT, each folder once, weights above 0")
+        wanted[name] = number
+    plain = [name for name in wanted if not (Path(name) / "index.json").is_file()]
+    if plain and not mix:
+        return {}
+    if plain:
+        raise ConfigError(f"--mix {mix}: {', '.join(plain)} hold(s) no index.json. Only folders of shards can be mixed, --data "
+                          "among them; `python -m data_prep shard` makes them")
+    if not init:
         raise ConfigError(f"--data {folder} holds shards, which are not read in advance to make a tokenizer: give --init")
+    return {name: (weight, [*index_of(name)]) for name, weight in wanted.items()}
+
+
+def index_of(folder):
+    """-> {pool: its entry} of a folder's index.json."""
+    path = Path(folder) / "index.json"
     try:
-        return [*json.loads(path.read_text(encoding="utf-8"))["pools"]] if path.is_file() else []
+        index = json.loads(path.read_text(encoding="utf-8"))
+        if index["format"] != FORMAT:
+            raise ValueError(f"format {index['format']!r}, this reads {FORMAT}")
+        return dict(index["pools"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: cannot be used ({error}); `python -m data_prep shard` makes such files") from error
+        raise DataError(f"{path}: cannot be used ({error}); `python -m data_prep shard` makes such folders") from error
+
+
+def mixture(folders, pool, also=()):
+    """What shard_folders found -> the sources of one pool, one a folder, their weights counted in records."""
+    sources = [source(folder, pool, also=also) for folder in folders]
+    return [dict(s, weight=s["weight"] * factor) for s, (factor, _) in zip(sources, folders.values())]
 
 
 def source(folder, pool, weight=None, also=()):
     """One pool of a shard folder -> dict(name, shards, records, weight, also). weight: its share of the stream beside
     others', on any scale; None: its number of records. also: fields that its records must have besides those of the use.
     Only index.json is read; every shard must be there in full length."""
-    folder = Path(folder)
+    folder, held = Path(folder), index_of(folder)
+    if pool not in held:
+        raise DataError(f"{folder}/index.json: no pool {pool!r}, it has {', '.join(held)}")
     try:
-        index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
-        held = index["pools"] if index["format"] == FORMAT else None
-        if held is None or pool not in held:
-            raise ValueError(f"format {index['format']!r}, this reads {FORMAT}" if held is None else
-                             f"no pool {pool!r}, it has {', '.join(held)}")
         shards = [dict(path=str(folder / Path(s["file"]).name), records=int(s["records"]), bytes=int(s["bytes"]))
                   for s in held[pool]["shards"] if s["records"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{folder}/index.json: cannot be used ({error}); `python -m data_prep shard` makes such "
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{folder}/index.json: pool {pool} cannot be used ({error}); `python -m data_prep shard` makes such "
                         "folders") from error
     there = lambda path, size: path.is_file() and path.stat().st_size == size and path.with_suffix(".json").is_file()
     wrong = [f"{s['path']} ({s['bytes']:,} bytes)" for s in shards if not there(Path(s["path"]), s["bytes"])]

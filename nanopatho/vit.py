@@ -152,8 +152,8 @@ class VisionTower(nn.Module):
             raise ValueError(f"pixel_values has {len(pixel_values)} patches, image_grid_thw {list(grids)} asks for "
                              f"{len(tables.cos)}")
         if pixel_values.dtype == torch.uint8:
-            from .image import normalised
-            pixel_values = normalised(pixel_values)
+            from .image import patch_values
+            pixel_values = patch_values(pixel_values)
         x = self.patch_embed(pixel_values.to(self.patch_embed.proj.weight.dtype))  # (P, D)
         x = x.view(len(tables.order), -1).index_select(0, tables.order).view_as(x)  # window order
         for i, block in enumerate(self.blocks):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from nanopatho.image import ImageError, clip_pixels, normalised, open_image, pixel_limits, qwen_pixels, smart_resize, to_rgb
+from nanopatho.image import ImageError, clip_pixels, normalised, open_image, patch_values, pixel_limits, qwen_pixels, smart_resize, to_rgb
 
 
 def picture(width, height, mode="RGB", seed=0):
@@ -38,7 +38,7 @@ def test_qwen_pixels_equal_the_reference(sizes, limits):
     assert torch.equal(grid, expected_grid) and pixels.dtype == torch.float32
     torch.testing.assert_close(pixels, expected, atol=2e-6, rtol=0)
     patches, _ = qwen_pixels(images, **limits, raw=True)
-    assert patches.dtype == torch.uint8 and patches.nbytes * 8 == pixels.nbytes and torch.equal(normalised(patches), pixels)
+    assert patches.dtype == torch.uint8 and patches.nbytes * 8 == pixels.nbytes and torch.equal(patch_values(patches), pixels)
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "CMYK", "1", "YCbCr"])
@@ -123,6 +123,7 @@ def test_clip_resizes_a_palette_image_before_rgb():
     small = image.resize((258, 224), Image.Resampling.BICUBIC)
     assert torch.equal(clip_pixels(image), clip_pixels(small))
     assert torch.equal(clip_pixels(small), clip_pixels(small.convert("RGB")))
+    assert torch.equal(normalised(clip_pixels(small, raw=True)), clip_pixels(small))
 
 
 # ---------------------------------------------------------------------------------------------------- files

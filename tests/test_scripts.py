@@ -106,6 +106,35 @@ def test_a_batch_of_all_records_is_the_same_from_shards_and_from_files(stage, wo
     assert max((one[k] - other[k]).abs().max() for k in one) < 2e-6 < 1e-3 < max((one[k] - start[k]).abs().max() for k in one)
 
 
+@pytest.mark.parametrize("stage", ["clip", "pretrain", "sft"])
+def test_folders_of_shards_are_mixed(stage, world, shards, chain, clip_start, tmp_path, monkeypatch):
+    """A second folder, without levels and without captions of form; 0.5 or 3 of its records come for each of the first's."""
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / "images").symlink_to(world / "images")
+    for name in ("captions", "sft"):
+        (tmp_path / "plain" / f"{name}.jsonl").write_text((world / f"{name}.jsonl").read_text().replace('"id": "', '"id": "other-'))
+    prep.pack([tmp_path / "plain" / f"{name}.jsonl" for name in ("captions", "sft")], tmp_path / "other", 7)
+    script, seen = {"clip": train_clip, "pretrain": train_pretrain, "sft": train_sft}[stage], []
+    monkeypatch.setattr(script, "check_finite", lambda step, rows, *more, **numbers: seen.append([r["id"] for r in rows]) or True)
+    steps = dict(steps_morphology=2, steps_all=2, eval_items=0) if stage == "clip" else dict(steps=4)
+    more = dict(eval_items=1, eval_samples=1, max_new_tokens=4) if stage == "sft" else {}
+    script.main(options(**QUICK, data=shards, mix=f"{tmp_path / 'other'}=3", out=tmp_path / "out", batch_size=16, workers=0,
+                        init=clip_start if stage == "clip" else chain / "pretrain", lr=1e-4, **steps, **more))
+    shares = [sum(i.startswith("other-") for i in ids) / len(ids) for ids in seen]
+    captions = 180 / (240 + sum("morphology" in line for line in (world / "captions.jsonl").read_text().splitlines()))
+    want = [0, 0, captions, captions] if stage == "clip" else [0.75] * 4      # 60 : 180 captions, 40 : 120 conversations
+    assert len(seen) == 4 and all(abs(a - b) <= 0.13 for a, b in zip(shares, want)), (shares, want)
+
+
+def test_the_curriculum_moves_inside_a_mixture():
+    sources, levels = [dict(weight=w) for w in (10, 10, 10, 30, 40)], [0, 1, 2, 0, -1]
+    for p, easy, medium, hard in ((0, 0.6, 0.3, 0.1), (1, 0.25, 0.35, 0.4), (0.5, 0.425, 0.325, 0.25)):
+        assert train_sft.moving_weights(p, sources, levels) == pytest.approx(
+            [60 * easy / 4, 60 * medium, 60 * hard, 60 * easy * 3 / 4, 40])
+    assert train_sft.moving_weights(0, sources[:2], [0, 2]) == pytest.approx([20 * 6 / 7, 20 / 7])
+    assert train_sft.moving_weights(0.3, sources[4:], [-1]) == pytest.approx([40])
+
+
 def test_shards_need_init_and_the_pools_of_the_stage(shards, chain, tmp_path):
     for script in (train_clip, train_pretrain, train_sft):
         with pytest.raises(ConfigError, match="shards, which are not read in advance .* give --init"):

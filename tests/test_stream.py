@@ -21,7 +21,7 @@ from data_prep import records as prep
 from data_prep import shards
 from nanopatho.data import DataError, augment
 from nanopatho.log import ConfigError
-from nanopatho.stream import batches, images_of, shard_pools, source, stream
+from nanopatho.stream import batches, images_of, mixture, shard_folders, source, stream
 
 
 def jpeg(rng, side=24):
@@ -217,12 +217,37 @@ def test_folders_that_cannot_be_used(tmp_path):
     write(tmp_path, "e", 5)
     with pytest.raises(DataError, match="not one of its 5 records can be used; .*field 'morphology' is missing"):
         take(1, [source(tmp_path, "e", also=("morphology",))], 2)
-    assert shard_pools(tmp_path, "x") == ["d", "e"] and shard_pools(tmp_path / "none", "") == []
+    assert shard_folders(tmp_path, "x") == {str(tmp_path): (1.0, ["d", "e"])} and shard_folders(tmp_path / "none", "") == {}
     with pytest.raises(ConfigError, match="give --init"):
-        shard_pools(tmp_path, "")
+        shard_folders(tmp_path, "")
     (tmp_path / "index.json").write_text("[1]")
     with pytest.raises(DataError, match="index.json: cannot be used"):
-        shard_pools(tmp_path, "x")
+        shard_folders(tmp_path, "x")
+
+
+def test_folders_in_a_mixture(tmp_path):
+    """30 records, 20 that come three times as often, 10 that come half as often: 30, 60 and 5 of 95 places."""
+    for name, n in (("a", 30), ("b", 20), ("c", 10)):
+        write(tmp_path / name, "d", n)
+    a, b, c = (str(tmp_path / name) for name in "abc")
+    found = shard_folders(a, "x", f"{b}=3, {c}=0.5")
+    assert found == {a: (1.0, ["d"]), b: (3.0, ["d"]), c: (0.5, ["d"])}
+    sizes = [collections.Counter() for _ in range(3)]
+    flow = stream(mixture(found, "d"), 95)
+    for _ in range(10):
+        for r in next(flow)[0]:
+            sizes["abc".index(r["_where"].split("/d-")[0][-1])][r["id"]] += 1
+    assert all(abs(sum(s.values()) - want) <= 2 for s, want in zip(sizes, (300, 600, 50)))
+    assert [len(s) for s in sizes] == [30, 20, 10] and {*sizes[0].values()} == {10} and {*sizes[1].values()} == {30}
+    assert shard_folders(a, "x", b) == {a: (1.0, ["d"]), b: (1.0, ["d"])}
+    for mix, why in ((f"{b}=x", "write FOLDER=WEIGHT"), (f"{b}=0", "weights above 0"), (f"{b}=1,{b}=2", "each folder once"),
+                     (f"{a}=2", "each folder once"), (f"{b}=1,", "write FOLDER=WEIGHT"), (f"{tmp_path}=2", "no index.json")):
+        with pytest.raises(ConfigError, match=why):
+            shard_folders(a, "x", mix)
+    with pytest.raises(ConfigError, match="--data among them"):
+        shard_folders(tmp_path, "x", b)
+    with pytest.raises(DataError, match="no pool 'e', it has d"):
+        mixture(found, "e")
 
 
 def test_workers_leave_signals_to_the_one_that_trains(folder):
