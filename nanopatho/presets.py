@@ -95,16 +95,16 @@ TRAIN = {
         "rl": dict(lr=1e-4, warmup=5, decay=0.5, weight_decay=0.0, prompts=16, steps=120, max_new_tokens=64, micro_batch=128,
                    eval_sample_items=300),
     },
-    # small: guesses for one GPU, scaled from tiny; not run as a whole yet. Its pictures have 224 x 224 pixels.
+    # small: for one GPU, 224 x 224 pixels. Steps and rates are scaled from tiny; run in part on a CPU only (docs/LOG.md).
     "small": {
-        "clip": dict(optimizer="muon", batch_size=256, lr=1e-3, warmup=100, weight_decay=0.05, steps_morphology=2000,
-                     steps_all=2000, partial=0.7, stain=0.2),
-        "pretrain": dict(optimizer="muon", batch_size=64, lr=1e-3, warmup=100, steps=4000,
-                         max_pixels=224 * 224),
-        "sft": dict(optimizer="muon", train="projector,decoder", batch_size=64, lr=1e-3, warmup=50, steps=2000,
-                    max_pixels=224 * 224, max_new_tokens=320),
-        "rl": dict(lr=5e-5, warmup=5, weight_decay=0.0, prompts=64, steps=200, max_new_tokens=320, micro_batch=128,
-                   max_pixels=224 * 224),
+        "clip": dict(optimizer="muon", batch_size=256, lr=1e-3, warmup=50, weight_decay=0.05, steps_morphology=700,
+                     steps_all=800, partial=0.7, stain=0.2, workers=8),
+        "pretrain": dict(optimizer="muon", batch_size=128, micro_batch=64, lr=2e-3, warmup=50, steps=1500,
+                         max_pixels=224 * 224, workers=8),
+        "sft": dict(optimizer="muon", train="projector,decoder", batch_size=64, lr=2e-3, warmup=50, steps=1200,
+                    max_pixels=224 * 224, max_new_tokens=192, eval_sample_items=300, workers=8),
+        "rl": dict(lr=5e-5, warmup=5, decay=0.5, weight_decay=0.0, prompts=64, steps=50, max_new_tokens=192,
+                   micro_batch=128, max_pixels=224 * 224, eval_sample_items=300),
     },
     # Full size: activations, not weights, decide what fits (`--dry-run` shows it), so blocks are recomputed in small passes.
     **{size: {"pretrain": dict(recompute=True, micro_batch=2, max_skipped=5), "sft": dict(recompute=True, micro_batch=2, max_skipped=5),

@@ -164,7 +164,7 @@ def test_the_layout_is_the_repositorys():
 
 def test_every_option_and_column_exists(capsys):
     known = {name for s in SCRIPTS.values() for name in s.Config.__dataclass_fields__} | set(prep.FIELDS) | {"help", "dry", "world"}
-    for main, argv in ((evaluate.main, ["qa", "--help"]), (prep.main, ["write", "--help"])):
+    for main, argv in ((evaluate.main, ["qa", "--help"]), (prep.main, ["write", "--help"]), (prep.main, ["pdf", "--help"])):
         with pytest.raises(SystemExit):
             main(argv)
         known |= set(re.findall(r"--(\w+)", capsys.readouterr().out))
