@@ -87,14 +87,13 @@ def index_of(folder):
 
 
 def mixture(folders, pool, also=()):
-    """What shard_folders found -> the sources of one pool, one a folder, their weights counted in records."""
-    sources = [source(folder, pool, also=also) for folder in folders]
-    return [dict(s, weight=s["weight"] * factor) for s, (factor, _) in zip(sources, folders.values())]
+    """What shard_folders found -> the sources of one pool, one a folder."""
+    return [source(folder, pool, weight, also) for folder, (weight, _) in folders.items()]
 
 
-def source(folder, pool, weight=None, also=()):
-    """One pool of a shard folder -> dict(name, shards, records, weight, also). weight: its share of the stream beside
-    others', on any scale; None: its number of records. also: fields that its records must have besides those of the use.
+def source(folder, pool, weight=1.0, also=()):
+    """One pool of a shard folder -> dict(name, shards, records, weight, also). weight: of each record; in the dict that of
+    all, its share of the stream beside others'. also: fields that its records must have besides those of the use.
     Only index.json is read; every shard must be there in full length."""
     folder, held = Path(folder), index_of(folder)
     if pool not in held:
@@ -112,10 +111,7 @@ def source(folder, pool, weight=None, also=()):
                         f"{folder}: {len(wrong)} of {len(shards)} shards of {pool} are not there with this length and their "
                         f".json; copy them again: {', '.join(wrong[:20])}")
     records = sum(s["records"] for s in shards)
-    weight = records if weight is None else weight
-    if not 0 <= weight < float("inf"):
-        raise DataError(f"{folder}, {pool}: weight {weight}; it must be 0 or more")
-    return dict(name=f"{folder}/{pool}", shards=shards, records=records, weight=weight, also=also)
+    return dict(name=f"{folder}/{pool}", shards=shards, records=records, weight=weight * records, also=also)
 
 
 def images_of(record):
