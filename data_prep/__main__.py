@@ -69,7 +69,7 @@ PRESETS = {
     "smoke": {"captions": 60, "sft": 40, "rl": 24, "val": 16, "test": 24, "test_combo": 12, "test_stain": 12},
     "small": {"size": 224, "um_per_px": 0.5, "subfields": "H&E:40,IHC:20,cytology:20,FISH:10,gross:10",
               "captions": 30000, "sft": 12000, "rl": 6000, "test": 1000, "test_combo": 500, "test_stain": 500, "mcq": 0.4, "description": 0.2, "reasoning": 0.2, "conversation": 0.2,
-              "verbosity": "long", "answers": "letter"},
+              "verbosity": "long"},
 }
 POOLS = ("captions", "sft", "rl", "val", "test", "test_combo", "test_stain")
 

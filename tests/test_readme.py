@@ -29,7 +29,7 @@ NAMES_IN_FOLDERS = {"captions.jsonl", "sft.jsonl", "rl.jsonl", "val.jsonl", "tes
 ONLY_HELP = ("data_prep fetch", "data_prep convert", "data_prep articles", "data_prep pdf", "data_prep filter", "data_prep split",
              "data_prep write", "data_prep shard", "kernels.bench", "kernels.compile_check", "nanopatho.weights fetch",
              "nanopatho.weights bench", "nanopatho.doctor",
-             "nanopatho.bench_rl", "nanopatho.ablate ingredients", "nanopatho.scale")
+             "nanopatho.bench_rl", "nanopatho.bench_train", "nanopatho.ablate ingredients", "nanopatho.scale")
 SCRIPTS = {name: importlib.import_module(f"train_{name}") for name in ("clip", "pretrain", "sft", "rl")}
 
 
