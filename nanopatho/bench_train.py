@@ -1,6 +1,6 @@
 """A training step of this repository beside the same step in the library that people would take: same weights, same batches.
 
-    pip install -e ".[parity,bench]"
+    pip install -e ".[bench]"
     python -m nanopatho.bench_train vlm --preset 3b                # an SFT step, beside transformers with its SDPA; CUDA
     python -m nanopatho.bench_train clip --preset clip-l14         # a Patho-CLIP step, beside open_clip; CUDA
     python -m nanopatho.bench_train vlm --preset tiny --threads 1 --rows 16 --image 16     # on a CPU
@@ -230,7 +230,7 @@ def main(argv=None):
             weights = begin(c, folder)
             __import__(SIDES[c.what][-1])
         except ImportError as error:
-            raise ConfigError(f"{error}: the other side needs it; pip install -e '.[parity,bench]'") from error
+            raise ConfigError(f"{error}: the other side needs it; pip install -e '.[bench]'") from error
         for turn in range(c.rounds):
             for name in found:
                 command = [sys.executable, "-m", "nanopatho.bench_train", c.what, "--side", name, "--weights", weights]

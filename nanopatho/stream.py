@@ -44,6 +44,7 @@ from .image import ImageError, open_image
 from .log import ConfigError
 
 FORMAT = "nanopatho-shards-1"
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 UNUSABLE = (ImageError, ValueError, KeyError, OSError, EOFError, OverflowError, tarfile.TarError)
 
 
@@ -254,8 +255,9 @@ def decode(name, data):
 def leave_signals(leaving, worker):
     """Slurm and torchrun signal every process; the one that trains saves and then ends its workers. At its own end, in
     whatever way, Python sends SIGTERM to them and waits: after `leaving` is set they heed it."""
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    for number in SIGNALS:
         signal.signal(number, lambda received, frame: os._exit(0) if leaving.is_set() else None)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)              # `ahead` held them back until here
 
 
 class Jobs(Dataset):
@@ -281,8 +283,14 @@ def ahead(make, jobs, workers=0, deep=2, seed=0):
     # Forked, so that `make` may be any function.
     options = dict(prefetch_factor=deep, multiprocessing_context="fork",
                    worker_init_fn=functools.partial(leave_signals, leaving)) if workers else {}
-    for made in DataLoader(Jobs(make), batch_size=None, sampler=jobs, num_workers=workers, collate_fn=as_it_is,
-                           pin_memory=torch.cuda.is_available(), generator=torch.Generator().manual_seed(seed), **options):
+    loader = DataLoader(Jobs(make), batch_size=None, sampler=jobs, num_workers=workers, collate_fn=as_it_is,
+                        pin_memory=torch.cuda.is_available(), generator=torch.Generator().manual_seed(seed), **options)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)       # a new worker must not be hit before it has its handlers
+    try:
+        made_ahead = iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    for made in made_ahead:
         if isinstance(made, Exception):
             raise made
         yield made
