@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import resource
 import signal
+import threading
 import time
 
 import numpy as np
@@ -19,6 +20,7 @@ from PIL import Image
 
 from data_prep import records as prep
 from data_prep import shards
+from nanopatho import stream as module
 from nanopatho.data import DataError, augment
 from nanopatho.log import ConfigError
 from nanopatho.stream import batches, images_of, mixture, shard_folders, source, stream
@@ -263,6 +265,32 @@ def test_workers_leave_signals_to_the_one_that_trains(folder):
         next(generator)
     generator.close()
     assert len(own) >= 2 and not any(os.path.exists(f"/proc/{p}") and stat(p) == os.getpid() for p in own)
+
+
+def test_a_signal_before_a_worker_has_its_handlers_waits(folder, monkeypatch):
+    """The workers take half a second to begin, and are signalled meanwhile: without holding signals back they would die."""
+    real = module.leave_signals
+    monkeypatch.setattr(module, "leave_signals", lambda *a: (time.sleep(0.5), real(*a)))
+    children = lambda: {int(p) for p in os.listdir("/proc") if p.isdigit() and stat(p) == os.getpid()}
+    others, hit = children(), []
+
+    def signals():
+        limit = time.time() + 10
+        while len(own := children() - others) < 2 and time.time() < limit:
+            time.sleep(0.01)
+        time.sleep(0.1)
+        hit.extend(own)
+        for pid in own:
+            os.kill(pid, signal.SIGTERM)
+
+    thread = threading.Thread(target=signals)
+    thread.start()
+    flow = stream([source(folder, "a")], 8, workers=2)
+    for _ in range(6):
+        next(flow)
+    thread.join()
+    flow.close()
+    assert len(hit) == 2
 
 
 def fails(folder):
